@@ -1,0 +1,1 @@
+"""Lightning callbacks that the configurations name by class path."""

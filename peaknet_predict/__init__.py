@@ -1,0 +1,1 @@
+"""Streaming Bragg peak finding with PeakNet."""

@@ -1,0 +1,142 @@
+"""The vocabulary: what an event, a batch and a result are, with shape, dtype and unit.
+
+Shape legend, used as a suffix of array names throughout the package::
+
+    B  events of a batch          H  rows of a panel (slow scan, y)
+    P  panels of an event         W  columns of a panel (fast scan, x)
+    N  panels of a batch (B*P)    C  classes of the network's output
+    M  peaks
+
+This module needs neither torch nor Ray, so that the process that writes files stays light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Image = npt.NDArray[Any]
+"""(P, H, W) or (H, W) | any real dtype, detector counts (ADU or photons), as received."""
+
+Peaks = npt.NDArray[np.float64]
+"""(M, 3) | float64, columns panel, y, x: 0-based pixel indices of the original panel, top-left
+origin, pixel centres on integers."""
+
+
+class EventId(NamedTuple):
+    """Which event this is; unique for as long as a queue lives.
+
+    A producer process counts ``idx`` from 0 and a queue may outlive a run, so ``(rank, idx)`` alone
+    would repeat; ``stream`` names the opening of the stream that the event came through.
+    """
+
+    stream: str
+    rank: int
+    idx: int
+
+    def __str__(self) -> str:
+        return f"{self.stream}:{self.rank}:{self.idx}"
+
+
+@dataclass(slots=True)
+class Event:
+    """One detector readout on its way into the program.
+
+    Attributes
+    ----------
+    id
+        Identity; travels with the event to its result.
+    image
+        (P, H, W) or (H, W), detector counts.
+    photon_energy
+        eV.
+    """
+
+    id: EventId
+    image: Image
+    photon_energy: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes, by which a queue bounds its memory."""
+        return int(self.image.nbytes)
+
+
+@dataclass(slots=True)
+class Result:
+    """One event with its peaks on its way out of the program.
+
+    Attributes
+    ----------
+    id
+        Identity of the event.
+    image
+        (P, H, W) or (H, W): the original pixels, exactly as received.
+    peaks
+        (M, 3) float64, see `Peaks`.
+    photon_energy
+        eV.
+    bad_pixels
+        Number of pixels that were NaN or infinite and therefore left out.
+    """
+
+    id: EventId
+    image: Image
+    peaks: Peaks
+    photon_energy: float
+    bad_pixels: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes, by which a queue bounds its memory."""
+        return int(self.image.nbytes + self.peaks.nbytes)
+
+
+@dataclass(slots=True)
+class Refusal:
+    """An item that cannot be processed, and why, in words for the log and the run's balance."""
+
+    id: EventId | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"event {self.id if self.id is not None else '(unknown)'}: {self.reason}"
+
+
+class EventBatch:
+    """Events of one shape and dtype, gathered for one call of `predict_step`.
+
+    A plain class on purpose: Lightning rewrites the tensors of dataclasses and collections (to the
+    Trainer's precision, onto its device), and raw detector counts must not be rounded to bfloat16.
+
+    Attributes
+    ----------
+    images_BPHW
+        (B, P, H, W) tensor of detector counts, the events' own dtype, host memory (pinned where a
+        GPU will read it). ``B`` is the full batch size; rows from ``len(events)`` on are padding.
+    events
+        The events whose pixels fill the first rows, in order of arrival.
+    refused
+        Items refused while this batch was gathered; they are counted with it.
+    """
+
+    __slots__ = ("events", "images_BPHW", "refused")
+
+    def __init__(self, images_BPHW: Tensor, events: list[Event], refused: list[Refusal]) -> None:
+        self.images_BPHW = images_BPHW
+        self.events = events
+        self.refused = refused
+
+
+@dataclass(slots=True)
+class PeakBatch:
+    """What became of one `EventBatch`: every event of it is in exactly one of the two lists."""
+
+    results: list[Result]
+    refused: list[Refusal] = field(default_factory=list)
