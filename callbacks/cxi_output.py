@@ -1,0 +1,102 @@
+"""CXI files from within a prediction run: the same consumer as `peaknet-predict write-cxi`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import lightning as L
+
+from callbacks.lookup import callback_of
+from callbacks.queue_writer import BalanceError, QueueWriter
+from peaknet_predict.consume import ConsumeReport, write_cxi
+from peaknet_predict.queues import ClusterTask, run_in_cluster
+from peaknet_predict.queues.cluster import current_address
+
+log = logging.getLogger(__name__)
+
+
+class CxiOutput(L.Callback):
+    """Run the consumer of the `QueueWriter`'s queue in another process of the cluster.
+
+    List it behind the `QueueWriter`: the files are complete when that one has marked the end.
+
+    Parameters
+    ----------
+    directory
+        Where the files go.
+    prefix, events_per_file, min_peaks, max_peaks, compression
+        As for `peaknet_predict.consume.write_cxi`.
+
+    Attributes
+    ----------
+    report
+        What became of every result, once the run has ended.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        prefix: str = "peaks",
+        events_per_file: int = 100,
+        min_peaks: int = 0,
+        max_peaks: int = 2048,
+        compression: Literal["none", "gzip"] = "none",
+    ) -> None:
+        self.directory = directory
+        self.prefix = prefix
+        self.events_per_file = events_per_file
+        self.min_peaks = min_peaks
+        self.max_peaks = max_peaks
+        self.compression = compression
+        self.report: ConsumeReport | None = None
+        self._writer: QueueWriter | None = None
+        self._consumer: ClusterTask | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start the consumer, once per run."""
+        self._writer = callback_of(trainer, QueueWriter)
+        if self._writer is None:
+            raise ValueError("CxiOutput writes what a QueueWriter sends; add one to the callbacks")
+        if not trainer.is_global_zero:
+            return
+        self._consumer = run_in_cluster(
+            write_cxi,
+            self._writer.queue_address,
+            self.directory,
+            current_address(),
+            prefix=self.prefix,
+            events_per_file=self.events_per_file,
+            min_peaks=self.min_peaks,
+            max_peaks=self.max_peaks,
+            compression=self.compression,
+        )
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        """Stop the run if the consumer has failed: its results would pile up unread."""
+        if self._consumer is not None and self._consumer.done():
+            self._consumer.result()
+            raise RuntimeError("the CXI consumer ended before the run did")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last file and check that every result is in one, or was filtered."""
+        if self._consumer is None:
+            return
+        self.report = self._consumer.result()
+        log.info("%s: %s", self.directory, self.report)
+        if not self.report.balanced:
+            raise BalanceError(f"{self.directory}: {self.report}")
+        if self.report.failures:
+            raise BalanceError(f"the stream of results is incomplete: {self.report.failures}")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let the consumer write what it was sent before the cluster ends with this process."""
+        if self._consumer is None:
+            return
+        try:
+            self.report = self._consumer.result(timeout_s=120)
+            log.info("%s: %s", self.directory, self.report)
+        except Exception:
+            log.exception("the CXI consumer did not finish")

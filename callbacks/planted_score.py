@@ -1,0 +1,122 @@
+"""How well the peaks in the CXI files match those that the simulator planted."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+from scipy.spatial import cKDTree
+
+from callbacks.cxi_output import CxiOutput
+from callbacks.lookup import callback_of
+from peaknet_predict.cxi import read_cxi
+from peaknet_predict.data import QueueDataModule
+from peaknet_predict.sources import Simulator
+from peaknet_predict.types import Peaks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Score:
+    """Counts over a run, from which recall and precision follow.
+
+    Attributes
+    ----------
+    planted, found
+        Planted peaks at or above the given signal-to-noise ratio, and how many of them were found.
+    listed, true
+        Peaks in the files, and how many of them lie at a planted peak of any strength.
+    """
+
+    planted: int = 0
+    found: int = 0
+    listed: int = 0
+    true: int = 0
+
+    @property
+    def recall(self) -> float:
+        """Share of the planted peaks that were found; NaN without planted peaks."""
+        return self.found / self.planted if self.planted else float("nan")
+
+    @property
+    def precision(self) -> float:
+        """Share of the listed peaks that were planted; NaN without listed peaks."""
+        return self.true / self.listed if self.listed else float("nan")
+
+
+class PlantedPeakScore(L.Callback):
+    """Compare the CXI files of a simulated run with the truth, and show recall and precision.
+
+    List it behind `CxiOutput`. It reads the files back, so it judges what a user gets.
+
+    Parameters
+    ----------
+    min_snr
+        Planted peaks whose brightest pixel stands fewer sigmas above the background do not count
+        as missed.
+    radius_px
+        A listed and a planted peak match within this distance, in pixels.
+
+    Attributes
+    ----------
+    score
+        The result, once the run has ended.
+    """
+
+    def __init__(self, min_snr: float = 8.0, radius_px: float = 2.0) -> None:
+        self.min_snr = min_snr
+        self.radius_px = radius_px
+        self.score: Score | None = None
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the files back and show the score."""
+        if not trainer.is_global_zero:
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        output = callback_of(trainer, CxiOutput)
+        simulator = datamodule.source if isinstance(datamodule, QueueDataModule) else None
+        if output is None or output.report is None or not isinstance(simulator, Simulator):
+            raise ValueError(
+                "PlantedPeakScore compares the files of a CxiOutput, listed before it, with the "
+                "peaks planted by a Simulator that is the data's source"
+            )
+        self.score = score_files(output.report.cxi.files, simulator, self.min_snr, self.radius_px)
+        log.info(
+            "planted peaks of at least %g sigma: %d of %d found (recall %.3f); "
+            "listed peaks: %d of %d planted (precision %.3f)",
+            self.min_snr,
+            self.score.found,
+            self.score.planted,
+            self.score.recall,
+            self.score.true,
+            self.score.listed,
+            self.score.precision,
+        )
+
+
+def score_files(paths: list[Path], simulator: Simulator, min_snr: float, radius_px: float) -> Score:
+    """Compare CXI files with what a simulator planted; parameters as in `PlantedPeakScore`."""
+    score = Score()
+    for path in paths:
+        for event in read_cxi(path):
+            planted = simulator.planted_peaks(event.id.idx % len(simulator))
+            strong = planted.snr >= min_snr
+            score.planted += int(strong.sum())
+            score.found += _near(planted.peaks[strong], event.peaks, radius_px)
+            score.listed += len(event.peaks)
+            score.true += _near(event.peaks, planted.peaks, radius_px)
+    return score
+
+
+def _near(these: Peaks, those: Peaks, radius_px: float) -> int:
+    """Count peaks of ``these`` with one of ``those`` on the same panel within the radius."""
+    if not len(these) or not len(those):
+        return 0
+    # Panels are told apart by a distance that no radius reaches.
+    apart = np.array([1e6, 1.0, 1.0])
+    distance, _ = cKDTree(those * apart).query(these * apart)
+    return int((distance <= radius_px).sum())

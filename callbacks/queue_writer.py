@@ -1,0 +1,220 @@
+"""The writer: results of every batch, in order, into the output queue."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from peaknet_predict.data import QueueDataModule
+from peaknet_predict.module import PendingPeaks
+from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
+from peaknet_predict.types import EventBatch, Refusal, Result
+
+log = logging.getLogger(__name__)
+
+_REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
+
+
+class BalanceError(RuntimeError):
+    """Events that were taken in are not accounted for."""
+
+
+class QueueWriter(BasePredictionWriter):
+    """Push ``(image, peaks, photon energy)`` of every event into the output queue.
+
+    Waiting for room in the output queue is the back-pressure of the whole program: while it is
+    full, nothing more is taken from the input queue.
+
+    Parameters
+    ----------
+    queue
+        The output queue.
+    accumulation_steps
+        Batches that are put together.
+    num_consumers
+        How many readers that know only ``get`` the output queue has: each is handed one end item,
+        after the last rank has pushed its last result.
+    min_hit_peaks
+        An event with at least this many peaks counts as a hit in the log. Nothing is filtered here.
+    """
+
+    def __init__(
+        self,
+        queue: QueueAddress,
+        accumulation_steps: int = 1,
+        num_consumers: int = 1,
+        min_hit_peaks: int = 10,
+    ) -> None:
+        # The epoch interval would make Lightning keep every prediction of an endless stream.
+        super().__init__("batch")
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps is {accumulation_steps}; give 1 or more")
+        if num_consumers < 0:
+            raise ValueError(f"num_consumers is {num_consumers}; give 0 or more")
+        self.queue_address = queue
+        self.accumulation_steps = accumulation_steps
+        self.num_consumers = num_consumers
+        self.min_hit_peaks = min_hit_peaks
+        self.predicted = 0
+        self.refused = 0
+        self.peaks = 0
+        self.hits = 0
+        self._pending: deque[PendingPeaks] = deque()
+        self._results: list[Result] = []
+        self._batches_accumulated = 0
+        self._queue: Queue | None = None
+        self._roster: NativeQueue | None = None
+        self._producer = ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Open the output queue; all ranks are producers of one stream."""
+        run = trainer.strategy.broadcast(uuid4().hex[:8])
+        self._producer = f"predict:{run}:rank{trainer.global_rank}"
+        # The ranks sign off on a roster of their own, so that rank 0 knows when the last one has
+        # pushed its last result, whatever kind of queue the output is and whoever else writes to
+        # it. It belongs to rank 0, which leaves last.
+        roster = QueueAddress(f"{self.queue_address.name}.roster.{run}")
+        if trainer.is_global_zero:
+            self._roster = _roster(roster)
+            self._queue = connect_queue(self.queue_address, "results")
+        trainer.strategy.barrier("the output queue and the roster exist")
+        if not trainer.is_global_zero:
+            self._roster = _roster(roster)
+            self._queue = connect_queue(self.queue_address, "results")
+        assert self._queue is not None
+        assert self._roster is not None
+        self._roster.open(self._producer, of=trainer.world_size)
+        self._queue.open(self._producer, of=trainer.world_size)
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: PendingPeaks,
+        batch_indices: Sequence[int] | None,
+        batch: EventBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Take over the batch's handle and push what is finished, in order."""
+        self._pending.append(prediction)
+        try:
+            while self._pending and self._pending[0].done():
+                self._collect()
+        except StopIteration as error:
+            # Lightning takes a StopIteration for the end of the data and reports success.
+            raise RuntimeError("a result could not be fetched") from error
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Push the rest, mark the end and strike the balance.
+
+        Raises
+        ------
+        BalanceError
+            If an event was received and neither predicted nor refused, or if the loop ended before
+            the stream did.
+        """
+        self._drain()
+        problem = self._imbalance(trainer)
+        self._sign_off(trainer, problem)
+        received = self.predicted + self.refused
+        log.info(
+            "rank %d: received %d = predicted %d + refused %d; %d peaks",
+            trainer.global_rank,
+            received,
+            self.predicted,
+            self.refused,
+            self.peaks,
+        )
+        if problem is not None:
+            raise BalanceError(problem)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Deliver what is finished; readers learn that the stream is incomplete and why."""
+        if self._queue is None:
+            return
+        try:
+            self._drain()
+        except Exception:
+            log.exception("results of the last batches could not be delivered")
+        try:
+            self._sign_off(trainer, f"{type(exception).__name__}: {exception}")
+        except Exception:
+            log.exception("the end of the stream could not be marked")
+
+    def _collect(self) -> None:
+        """Fetch the oldest batch's result; push when enough batches are together."""
+        peak_batch = self._pending.popleft().result()
+        self._results += peak_batch.results
+        self.predicted += len(peak_batch.results)
+        self.peaks += sum(len(result.peaks) for result in peak_batch.results)
+        self.hits += sum(len(result.peaks) >= self.min_hit_peaks for result in peak_batch.results)
+        for refusal in peak_batch.refused:
+            self._count_refusal(refusal)
+        self._batches_accumulated += 1
+        if self._batches_accumulated >= self.accumulation_steps:
+            self._push()
+
+    def _push(self) -> None:
+        assert self._queue is not None
+        if self._results:
+            self._queue.put(self._producer, self._results)
+        self._results = []
+        self._batches_accumulated = 0
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._collect()
+        self._push()
+
+    def _count_refusal(self, refusal: Refusal) -> None:
+        self.refused += 1
+        if self.refused <= _REFUSALS_SHOWN:
+            log.warning("refused %s", refusal)
+        if self.refused == _REFUSALS_SHOWN:
+            log.warning("further refusals are counted, but not shown")
+
+    def _imbalance(self, trainer: L.Trainer) -> str | None:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, QueueDataModule) or datamodule.dataset is None:
+            return None
+        if not datamodule.dataset.ended:
+            return (
+                "the prediction loop ended before the input stream did; look for "
+                "limit_predict_batches in the configuration"
+            )
+        received = datamodule.dataset.received
+        if received != self.predicted + self.refused:
+            return (
+                f"received {received} events, but predicted {self.predicted} and refused "
+                f"{self.refused}"
+            )
+        return None
+
+    def _sign_off(self, trainer: L.Trainer, failure: str | None) -> None:
+        """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers."""
+        assert self._queue is not None
+        assert self._roster is not None
+        if self._queue.native:
+            self._queue.close(self._producer, failure, self.num_consumers)
+        self._roster.close(self._producer, failure)
+        if not trainer.is_global_zero:
+            return
+        while not self._roster.wait_ended(timeout_s=30.0):
+            log.info("waiting for the last rank to push its results")
+        if not self._queue.native:
+            self._queue.close(self._producer, failure, self.num_consumers)
+
+
+def _roster(address: QueueAddress) -> NativeQueue:
+    roster = connect_queue(address, "results", outlives_us=False)
+    assert isinstance(roster, NativeQueue)
+    return roster

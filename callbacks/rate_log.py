@@ -1,0 +1,79 @@
+"""A line in the log every few seconds: how fast, how many hits, how much is waiting."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import lightning as L
+
+from callbacks.lookup import callback_of
+from callbacks.queue_writer import QueueWriter
+from peaknet_predict.data import QueueDataModule
+
+log = logging.getLogger(__name__)
+
+
+class RateLog(L.Callback):
+    """Log events, hits and rate of this rank while the run goes on, and once at its end.
+
+    List it behind the `QueueWriter`, whose counts it shows.
+
+    Parameters
+    ----------
+    interval_s
+        Seconds between lines.
+    """
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        if interval_s <= 0:
+            raise ValueError(f"interval_s is {interval_s}; give a positive number of seconds")
+        self.interval_s = interval_s
+        self._started: float | None = None
+        self._shown_at = 0.0
+        self._shown_events = 0
+        self._first_events = 0
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        """Show a line if it is time for one."""
+        now = time.monotonic()
+        if self._started is None:
+            # From the first result on: start-up and compilation are not the rate.
+            self._started = self._shown_at = now
+            self._first_events = self._shown_events = _writer(trainer).predicted
+        if now - self._shown_at >= self.interval_s:
+            events = _writer(trainer).predicted
+            self._show(trainer, (events - self._shown_events) / (now - self._shown_at))
+            self._shown_at, self._shown_events = now, events
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the rate over the whole run."""
+        if self._started is None:
+            log.info("rank %d: no events", trainer.global_rank)
+            return
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._show(trainer, (_writer(trainer).predicted - self._first_events) / seconds)
+
+    def _show(self, trainer: L.Trainer, rate_hz: float) -> None:
+        writer = _writer(trainer)
+        datamodule = getattr(trainer, "datamodule", None)
+        waiting = ""
+        if isinstance(datamodule, QueueDataModule) and datamodule.dataset is not None:
+            waiting = f", {datamodule.dataset.size()} waiting"
+        log.info(
+            "rank %d: %d events, %d hits, %d peaks, %d refused, %.1f events/s%s",
+            trainer.global_rank,
+            writer.predicted,
+            writer.hits,
+            writer.peaks,
+            writer.refused,
+            rate_hz,
+            waiting,
+        )
+
+
+def _writer(trainer: L.Trainer) -> QueueWriter:
+    writer = callback_of(trainer, QueueWriter)
+    if writer is None:
+        raise ValueError("RateLog shows the counts of a QueueWriter; add one to the callbacks")
+    return writer

@@ -1,0 +1,191 @@
+"""The commands: ``peaknet-predict predict | feed | write-cxi | doctor``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
+
+from peaknet_predict.queues import ClusterError, QueueError
+
+log = logging.getLogger("peaknet_predict")
+
+EXIT_FAILED = 1
+"""A command could not do its work; the last line of the log says why."""
+EXIT_INCOMPLETE = 3
+"""A command ended, but not every event that went in is accounted for at its end."""
+
+_USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's options)
+
+  predict     find peaks: input queue -> network -> output queue
+  feed        push events from files or the simulator into an input queue
+  write-cxi   write results from an output queue to CXI files
+  doctor      check installation, GPU, Ray and a configuration, and say what to do
+"""
+
+
+class PredictCLI(LightningCLI):
+    """Lightning's command line, cut down to prediction on streams."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        # Imported here: other commands need neither torch nor Lightning's Trainer.
+        from lightning import LightningDataModule, LightningModule
+
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            save_config_callback=None,
+            trainer_defaults={
+                # A stream has no length, and Lightning fetches one batch ahead of a loader without
+                # one: batch N would wait for batch N+1. Any finite limit switches that off.
+                "limit_predict_batches": 10**9,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "use_distributed_sampler": False,
+            },
+            args=list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer ``predict`` alone, without the parameters that a stream cannot have."""
+        return {"predict": {"model", "dataloaders", "datamodule", "return_predictions"}}
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run the prediction; results leave through the writer and are never kept."""
+        self.trainer.predict(**kwargs, return_predictions=False)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return the process's exit code.
+
+    Parameters
+    ----------
+    args
+        The words of the command line; those of this process by default.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    _set_up_logging()
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "predict": _predict,
+        "feed": _feed,
+        "write-cxi": _write_cxi,
+        "doctor": _doctor,
+    }
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if words else 2
+    if words[0] not in commands:
+        print(f"there is no command {words[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return commands[words[0]](words[1:])
+    except (ClusterError, QueueError) as error:
+        log.error("%s", error)
+        return EXIT_FAILED
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+def _predict(args: list[str]) -> int:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        PredictCLI(["predict", *args])
+    except SIGTERMException:
+        log.error("stopped by SIGTERM; what was finished has been delivered")
+        return EXIT_INCOMPLETE
+    return 0
+
+
+def _feed(args: list[str]) -> int:
+    from peaknet_predict.feed import feed
+
+    parser = _parser("feed", "Push events into an input queue and mark the end of the stream.")
+    parser.add_function_arguments(feed)
+    with _SignalsAsInterrupt():
+        try:
+            report = feed(**_instantiated(parser, args))
+        except KeyboardInterrupt:
+            log.error("interrupted; the stream is marked as incomplete")
+            return EXIT_INCOMPLETE
+    log.info("%s", report)
+    return 0
+
+
+def _write_cxi(args: list[str]) -> int:
+    from peaknet_predict.consume import write_cxi
+
+    parser = _parser("write-cxi", "Write results from an output queue to CXI files.")
+    parser.add_function_arguments(write_cxi)
+    with _SignalsAsInterrupt():
+        try:
+            report = write_cxi(**_instantiated(parser, args))
+        except KeyboardInterrupt:
+            log.error("interrupted; what was taken has been written, the stream goes on without us")
+            return EXIT_INCOMPLETE
+    log.info("%s", report)
+    for producer, reason in report.failures.items():
+        log.error("the stream is incomplete: %s ended early (%s)", producer, reason)
+    return 0 if report.balanced and not report.failures else EXIT_INCOMPLETE
+
+
+def _doctor(args: list[str]) -> int:
+    from peaknet_predict.doctor import doctor
+
+    parser = _parser("doctor", "Check what a run needs, and say what to do about what is found.")
+    parser.add_function_arguments(doctor)
+    return EXIT_FAILED if doctor(**_instantiated(parser, args)) else 0
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"peaknet-predict {command}", description=description)
+    parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
+    return parser
+
+
+def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    settings.pop("config", None)
+    return settings
+
+
+class _SignalsAsInterrupt:
+    """Let SIGTERM, by which a batch system ends a job, unwind like Ctrl-C."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @staticmethod
+    def _interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+
+def _set_up_logging() -> None:
+    """Show our own log on standard error, with the time; leave other libraries as they are."""
+    for name in ("peaknet_predict", "callbacks"):
+        logger = logging.getLogger(name)
+        if logger.handlers:
+            continue
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,235 @@
+"""From the input queue to batches on the host."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from peaknet_predict.feed import FeedReport, feed
+from peaknet_predict.queues import (
+    ClusterTask,
+    Queue,
+    QueueAddress,
+    connect_queue,
+    run_in_cluster,
+)
+from peaknet_predict.queues.cluster import connect
+from peaknet_predict.sources import EventSource
+from peaknet_predict.types import Event, EventBatch, Refusal, Result
+from peaknet_predict.wire import check_event
+
+log = logging.getLogger(__name__)
+
+_WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
+
+
+class QueueDataset(IterableDataset[EventBatch]):
+    """Finished batches from a queue of events.
+
+    Events of one shape and dtype share a batch; where either changes, the batch so far goes out
+    short and a new one begins. Items that cannot be processed are refused one by one, with a
+    reason, and travel with the batch to where results are counted.
+
+    Parameters
+    ----------
+    queue
+        Queue of events.
+    reader
+        Name under which this job reads; the ranks of one run share it.
+    batch_size
+        Events per batch (B).
+    pin_memory
+        Put the pixels where a GPU can fetch them while the CPU goes on.
+    check_producer
+        Called while the queue is empty; raises if the producer that should fill it has failed.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        reader: str,
+        batch_size: int,
+        pin_memory: bool = False,
+        check_producer: Callable[[], None] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; a batch needs at least one event")
+        self._queue = queue
+        self._reader = reader
+        self._batch_size = batch_size
+        self._pin_memory = pin_memory
+        self._check_producer = check_producer
+        self.received = 0
+        self.ended = False
+
+    def __iter__(self) -> Iterator[EventBatch]:
+        """Yield batches until the queue says that the stream has ended."""
+        events: list[Event] = []
+        refused: list[Refusal] = []
+        while not self.ended:
+            wanted = self._batch_size - len(events)
+            taken, self.ended = self._queue.get(self._reader, wanted, _WAIT_S)
+            self.received += len(taken)
+            for item in taken:
+                refusal = _refusal(item)
+                if refusal is not None:
+                    refused.append(refusal)
+                    continue
+                assert isinstance(item, Event)
+                if events and _form(events[0]) != _form(item):
+                    yield self._assemble(events, refused)
+                    events, refused = [], []
+                events.append(item)
+            if len(events) == self._batch_size:
+                yield self._assemble(events, refused)
+                events, refused = [], []
+            if not taken and not self.ended and self._check_producer is not None:
+                self._check_producer()
+        if events or refused:
+            yield self._assemble(events, refused)
+
+    def size(self) -> int:
+        """Return how many events wait in the queue."""
+        return self._queue.size()
+
+    def _assemble(self, events: list[Event], refused: list[Refusal]) -> EventBatch:
+        if not events:
+            return EventBatch(torch.empty((0, 0, 0, 0)), [], refused)
+        shape_PHW, dtype = _form(events[0])
+        images_BPHW = torch.empty(
+            (self._batch_size, *shape_PHW),
+            dtype=_TORCH_DTYPES[dtype],
+            pin_memory=self._pin_memory,
+        )
+        rows = images_BPHW.numpy()
+        for row, event in zip(rows, events, strict=False):
+            np.copyto(row, event.image.reshape(shape_PHW))
+        # A short batch keeps the full shape, so that a compiled network sees no second one.
+        rows[len(events) :] = 0
+        return EventBatch(images_BPHW, events, refused)
+
+
+_TORCH_DTYPES = {
+    np.dtype(torch.empty(0, dtype=dtype).numpy().dtype): dtype
+    for dtype in (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.uint16,
+        torch.int32,
+        torch.uint32,
+        torch.int64,
+        torch.uint64,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    )
+}
+
+
+def _refusal(item: Event | Result | Refusal) -> Refusal | None:
+    """Say why an item cannot be processed; None for an event that can."""
+    if isinstance(item, Refusal):
+        return item
+    if isinstance(item, Result):
+        return Refusal(item.id, "a result stands in a queue of events")
+    reason = check_event(item)
+    if reason is None and _form(item)[1] not in _TORCH_DTYPES:
+        reason = f"image has dtype {item.image.dtype}, which torch cannot hold"
+    return None if reason is None else Refusal(item.id, reason)
+
+
+def _form(event: Event) -> tuple[tuple[int, int, int], np.dtype[np.generic]]:
+    """Return (P, H, W) and dtype in this machine's byte order: what events of a batch share."""
+    shape = event.image.shape
+    panels, height, width = (1, *shape) if len(shape) == 2 else shape
+    return (panels, height, width), event.image.dtype.newbyteorder("=")
+
+
+class QueueDataModule(L.LightningDataModule):
+    """Events from a Ray queue; with a ``source``, also the producer that fills it.
+
+    Parameters
+    ----------
+    queue
+        The input queue.
+    batch_size
+        Events per batch.
+    address
+        The Ray cluster: ``local`` starts an embedded one on this machine, ``auto`` joins the one
+        that runs here or that RAY_ADDRESS names, ``host:port`` joins that one.
+    source
+        Where events come from if this run is to feed its own queue, as the demo does. By default
+        other processes feed it.
+    source_rate_hz
+        Events per second from ``source``; as fast as possible by default.
+    """
+
+    def __init__(
+        self,
+        queue: QueueAddress,
+        batch_size: int = 32,
+        address: str = "auto",
+        source: EventSource | None = None,
+        source_rate_hz: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.queue_address = queue
+        self.batch_size = batch_size
+        self.address = address
+        self.source = source
+        self.source_rate_hz = source_rate_hz
+        self.dataset: QueueDataset | None = None
+        self._feeder: ClusterTask | None = None
+
+    def setup(self, stage: str) -> None:
+        """Join one cluster with all ranks and open the queue."""
+        if self.trainer is None:
+            raise RuntimeError("a QueueDataModule is set up by the Trainer that runs it")
+        strategy = self.trainer.strategy
+        if self.address == "local" and self.trainer.num_nodes > 1:
+            raise ValueError(
+                "address 'local' embeds Ray in this process, out of reach of other nodes; start a "
+                "cluster (`ray start`) and use 'auto' or host:port"
+            )
+        # Rank 0 first: with 'local' it starts the cluster that the others join, and a queue that
+        # two ranks made at once would be made twice.
+        cluster = connect(self.address) if self.trainer.is_global_zero else ""
+        reader = f"predict:{secrets.token_hex(4)}"
+        cluster, reader = strategy.broadcast((cluster, reader))
+        connect(cluster)
+        queue = connect_queue(self.queue_address, "events")
+        self.dataset = QueueDataset(
+            queue,
+            reader,
+            self.batch_size,
+            pin_memory=strategy.root_device.type == "cuda",
+            check_producer=self._check_feeder,
+        )
+        if self.source is not None and self.trainer.is_global_zero:
+            self._feeder = run_in_cluster(
+                feed, self.source, self.queue_address, cluster, self.source_rate_hz
+            )
+
+    def predict_dataloader(self) -> DataLoader[EventBatch]:
+        """Return a loader that hands on the finished batches of the dataset."""
+        assert self.dataset is not None
+        return DataLoader(self.dataset, batch_size=None)
+
+    def feed_report(self) -> FeedReport | None:
+        """Return what this run's own producer did; None if it has none. Waits for it to end."""
+        if self._feeder is None:
+            return None
+        report: FeedReport = self._feeder.result()
+        return report
+
+    def _check_feeder(self) -> None:
+        """Raise what the producer raised: an empty queue would otherwise be waited on for ever."""
+        if self._feeder is not None and self._feeder.done():
+            self._feeder.result()

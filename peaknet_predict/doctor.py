@@ -1,0 +1,200 @@
+"""Checks of what a run needs, with what to do about each finding."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import platform
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
+
+_MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
+_LITTLE_SPACE_GIB = 50
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    verdict: Literal["ok", "warn", "FAIL"]
+    text: str
+
+
+def doctor(
+    config: list[str] | None = None,
+    address: str | None = None,
+    queues: list[str] | None = None,
+    namespace: str = NAMESPACE,
+    directory: str | None = None,
+) -> int:
+    """Check installation, GPU and Ray's security, and what is named; print a line for each.
+
+    Parameters
+    ----------
+    config
+        Configurations of `predict`, as they would be given with ``-c``: parsed together, and
+        everything in them is made (weights are loaded), but nothing runs.
+    address
+        A Ray cluster to join: ``auto`` or ``host:port``.
+    queues
+        Names of queues that must be in that cluster.
+    namespace
+        Ray namespace of the queues.
+    directory
+        Where CXI files are to go: must be writable and have room.
+
+    Returns
+    -------
+    int
+        The number of failed checks.
+    """
+    checks: list[Callable[[], Iterator[Finding]]] = [_check_packages, _check_gpu, _check_token]
+    if address is not None:
+        checks.append(lambda: _check_cluster(address, queues or [], namespace))
+    elif queues:
+        raise ValueError("to look for queues, give the cluster's address too, e.g. --address auto")
+    if directory is not None:
+        checks.append(lambda: _check_directory(Path(directory)))
+    if config:
+        checks.append(lambda: _check_configuration(config))
+    failed = 0
+    for check in checks:
+        for finding in check():
+            print(f"{finding.verdict:4}  {finding.text}", flush=True)
+            failed += finding.verdict == "FAIL"
+    print(f"{failed} failed" if failed else "nothing failed")
+    return failed
+
+
+def _check_packages() -> Iterator[Finding]:
+    names = ("torch", "lightning", "ray", "numpy", "scipy", "h5py", "jsonargparse", "safetensors")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("FAIL", f"{name} is not installed; install this package again with pip")
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield Finding("ok", f"Python {platform.python_version()}; {listed}")
+    if versions.get("lightning") in _MALICIOUS_LIGHTNING:
+        yield Finding(
+            "FAIL",
+            f"lightning {versions['lightning']} is a malicious release that steals credentials: "
+            "remove it, change every password and key this account had, install >=2.6.4",
+        )
+
+
+def _check_gpu() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield Finding("warn", f"no GPU: torch {torch.__version__} ({built}) sees none; runs on CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 1024**3
+        yield Finding("ok", f"GPU {index}: {properties.name}, {memory:.0f} GiB")
+    major = str(torch.version.cuda).split(".")[0]
+    try:
+        import cupy
+
+        total = int(cupy.arange(4, dtype=cupy.int32).sum())
+    except Exception as error:
+        yield Finding(
+            "FAIL",
+            f"CuPy does not work on this GPU ({type(error).__name__}: {error}); torch uses CUDA "
+            f"{major}: pip install 'peaknet-predict[cuda{major}]'",
+        )
+        return
+    yield Finding("ok" if total == 6 else "FAIL", f"CuPy {cupy.__version__} computes on the GPU")
+
+
+def _check_token() -> Iterator[Finding]:
+    path = token_path()
+    if not path.exists():
+        yield Finding("ok", f"no Ray token at {path} yet; an embedded cluster will make one")
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        yield Finding(
+            "FAIL",
+            f"{path} has mode {mode:04o}: who can read it can run code as you; chmod 600 {path}",
+        )
+    else:
+        yield Finding("ok", f"Ray token {path} is readable by its owner only")
+
+
+def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[Finding]:
+    import ray
+
+    try:
+        cluster = connect(address)
+    except ClusterError as error:
+        yield Finding("FAIL", str(error))
+        return
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    gpus = ray.cluster_resources().get("GPU", 0)
+    yield Finding(
+        "ok", f"Ray {ray.__version__} cluster {cluster}: {len(alive)} nodes, {gpus:g} GPUs"
+    )
+    for name in queues:
+        queue_address = QueueAddress(name, namespace=namespace, create=False)
+        for kind in ("events", "results"):
+            try:
+                queue = connect_queue(queue_address, kind)
+            except QueueError as error:
+                problem = str(error)
+                continue
+            whose = "our own" if queue.native else "three methods only, as psana-ray's"
+            yield Finding("ok", f"queue {name!r}: {queue.size()} waiting ({whose})")
+            break
+        else:
+            yield Finding("FAIL", problem)
+
+
+def _check_directory(directory: Path) -> Iterator[Finding]:
+    probe = directory / ".peaknet-predict-doctor"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        yield Finding("FAIL", f"cannot write to {directory}: {error.strerror}")
+        return
+    free = shutil.disk_usage(directory).free / 1024**3
+    yield Finding(
+        "ok" if free >= _LITTLE_SPACE_GIB else "warn", f"{directory}: {free:.0f} GiB free"
+    )
+
+
+def _check_configuration(config: list[str]) -> Iterator[Finding]:
+    from peaknet_predict.cli import PredictCLI
+
+    class Rehearsal(PredictCLI):
+        """Everything is made; nothing runs."""
+
+        def predict(self, **kwargs: object) -> None:
+            pass
+
+    words = [word for path in config for word in ("-c", path)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            Rehearsal(["predict", *words])
+    except SystemExit:
+        problem = next(
+            (line for line in reversed(said.getvalue().splitlines()) if line.strip()), "see above"
+        )
+        yield Finding("FAIL", f"{' + '.join(config)}: {problem.strip()}")
+    except Exception as error:
+        yield Finding("FAIL", f"{' + '.join(config)}: {type(error).__name__}: {error}")
+    else:
+        yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")

@@ -1,0 +1,136 @@
+"""The producer: events from a source into an input queue."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peaknet_predict.queues import Queue, QueueAddress, connect_queue
+from peaknet_predict.queues.cluster import connect
+from peaknet_predict.sources import EventSource
+from peaknet_predict.types import Event, EventId
+
+log = logging.getLogger(__name__)
+
+_EVENTS_PER_PUT = 8  # enough to hide a call's round trip, few enough to start the reader early
+
+
+@dataclass(frozen=True)
+class FeedReport:
+    """What a producer did."""
+
+    stream: str
+    events: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.events / self.seconds if self.seconds > 0 else 0.0
+        return f"fed {self.events} events in {self.seconds:.1f} s ({rate:.1f} events/s)"
+
+
+def new_stream_id() -> str:
+    """Return a name for one opening of a stream that no other opening has."""
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{socket.gethostname()}-{os.getpid()}-{started}-{secrets.token_hex(3)}"
+
+
+def feed(
+    source: EventSource,
+    queue: QueueAddress,
+    address: str = "auto",
+    rate_hz: float | None = None,
+    num_events: int | None = None,
+    loop: bool = False,
+    rank: int = 0,
+    producers: int = 1,
+) -> FeedReport:
+    """Push events into an input queue, and mark the end of the stream.
+
+    Parameters
+    ----------
+    source
+        Where the events come from.
+    queue
+        The input queue; made if it is not there.
+    address
+        The Ray cluster: ``auto``, or ``host:port``.
+    rate_hz
+        Events per second; as fast as the queue takes them by default.
+    num_events
+        Stop after this many events; by default after the source's last.
+    loop
+        Begin again at the end of the source. Without ``num_events`` it goes on until interrupted.
+    rank
+        This producer's number, for the identity of its events.
+    producers
+        How many producers make the stream together: it ends when all of them have finished.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    peaknet_predict.queues.ClusterError, peaknet_predict.queues.QueueError
+        If the cluster or the queue cannot be used.
+    """
+    if rate_hz is not None and rate_hz <= 0:
+        raise ValueError(f"rate_hz is {rate_hz}; give a positive number of events per second")
+    if num_events is not None and num_events < 0:
+        raise ValueError(f"num_events is {num_events}; give 0 or more")
+    if producers < 1:
+        raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
+    connect(address)
+    return push(source, connect_queue(queue, "events"), rate_hz, num_events, loop, rank, producers)
+
+
+def push(
+    source: EventSource,
+    queue: Queue,
+    rate_hz: float | None = None,
+    num_events: int | None = None,
+    loop: bool = False,
+    rank: int = 0,
+    producers: int = 1,
+) -> FeedReport:
+    """Push events into a connected queue; parameters as for `feed`."""
+    stream = new_stream_id()
+    producer = f"feed:{stream}:{rank}"
+    queue.open(producer, of=producers)
+    started = time.monotonic()
+    fed = 0
+    failure: str | None = "the producer ended early"
+    try:
+        for chunk in _chunks(_identified(source, stream, rank, num_events, loop), rate_hz):
+            if rate_hz is not None:
+                time.sleep(max(0.0, started + fed / rate_hz - time.monotonic()))
+            queue.put(producer, chunk)
+            fed += len(chunk)
+        failure = None
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        queue.close(producer, failure)
+    return FeedReport(stream, fed, time.monotonic() - started)
+
+
+def _identified(
+    source: EventSource, stream: str, rank: int, num_events: int | None, loop: bool
+) -> Iterator[Event]:
+    """Give the source's events their numbers: from 0, on through every pass of a loop."""
+    passes = itertools.count() if loop and len(source) > 0 else range(1)
+    records = (record for _ in passes for record in source.events())
+    for idx, (_, image, photon_energy) in enumerate(itertools.islice(records, num_events)):
+        yield Event(EventId(stream, rank, idx), image, photon_energy)
+
+
+def _chunks(events: Iterator[Event], rate_hz: float | None) -> Iterator[list[Event]]:
+    """Group events for transport; at a given rate each travels alone, at its own time."""
+    size = _EVENTS_PER_PUT if rate_hz is None else 1
+    while chunk := list(itertools.islice(events, size)):
+        yield chunk

@@ -1,0 +1,370 @@
+"""Clients of the two kinds of queue: our own actor, and a foreign one with three methods."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from peaknet_predict.queues.actor import PROTOCOL, QueueActor
+from peaknet_predict.queues.cluster import NAMESPACE
+from peaknet_predict.queues.state import END_MARKER, ForeignItem, Kind, Record
+from peaknet_predict.types import Event, Refusal, Result
+from peaknet_predict.wire import (
+    event_to_item,
+    item_to_event,
+    item_to_results,
+    results_to_item,
+)
+
+log = logging.getLogger(__name__)
+
+Taken = Event | Result | Refusal
+
+_POLL_S = 2.0  # longest single wait inside the actor; bounds how late a signal is noticed
+_REPORT_S = 30.0  # how often a wait for room or for events is mentioned in the log
+
+
+class QueueError(RuntimeError):
+    """A queue cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class QueueAddress:
+    """Where a queue is, and how to make it if it is not there.
+
+    Attributes
+    ----------
+    name
+        Name of the queue's actor in the cluster.
+    namespace
+        Ray namespace of the actor.
+    create
+        Make the queue if there is none of that name; otherwise a missing queue is an error.
+    max_events, max_bytes
+        Capacity of a queue made here; producers wait while it is full.
+    idle_timeout_s
+        A queue of another program cannot say that the stream has ended: reading it ends after this
+        many seconds without an event. Our own queue says so and takes no notice of this.
+    """
+
+    name: str
+    namespace: str = NAMESPACE
+    create: bool = True
+    max_events: int = 400
+    max_bytes: int = 2 * 1024**3
+    idle_timeout_s: float = 60.0
+
+
+class Queue(Protocol):
+    """What the rest of the program does with a queue, whichever actor is behind it."""
+
+    native: bool
+    """Whether it is our own actor: knows event identity and the end of the stream."""
+
+    def open(self, producer: str, of: int = 1) -> None:
+        """Announce a producer, one of ``of``."""
+
+    def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
+        """End a producer's part of the stream."""
+
+    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
+        """Put all records, waiting for room as long as it takes."""
+
+    def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
+        """Take up to ``max_records`` within ``timeout_s``; True at the end of the stream."""
+
+    def size(self) -> int:
+        """Return how many items can be taken now."""
+
+
+def connect_queue(
+    address: QueueAddress, kind: Kind, outlives_us: bool = True
+) -> NativeQueue | ForeignQueue:
+    """Find a queue by name, or make it, in the cluster this process has joined.
+
+    Parameters
+    ----------
+    address
+        Where the queue is.
+    kind
+        What it holds.
+    outlives_us
+        Whether a queue made here stays when this process ends, for those who still read it.
+
+    Raises
+    ------
+    QueueError
+        If it is missing and may not be made, holds the other kind of record, or speaks another
+        version of the protocol.
+    """
+    import ray
+
+    try:
+        handle = ray.get_actor(address.name, namespace=address.namespace)
+    except ValueError as error:
+        if not address.create:
+            raise QueueError(_missing(address)) from error
+        handle = (
+            ray.remote(QueueActor)
+            .options(
+                name=address.name,
+                namespace=address.namespace,
+                lifetime="detached" if outlives_us else None,
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=1000,
+            )
+            .remote(kind, address.max_events, address.max_bytes)
+        )
+    if not hasattr(handle, "describe"):
+        _check_three_methods(handle, address)
+        return ForeignQueue(handle, address, kind)
+    description = ray.get(handle.describe.remote())
+    if description.protocol != PROTOCOL:
+        raise QueueError(
+            f"queue {address.name!r} was made by another version of this program (protocol "
+            f"{description.protocol}, ours is {PROTOCOL}); end that run, or use another name"
+        )
+    if description.kind != kind:
+        raise QueueError(
+            f"queue {address.name!r} holds {description.kind}, but {kind} are expected here; "
+            "input and output need queues of different names"
+        )
+    return NativeQueue(handle, address)
+
+
+def _missing(address: QueueAddress) -> str:
+    import ray
+
+    known = [
+        f"{actor['namespace']}/{actor['name']}"
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+    ]
+    return (
+        f"there is no queue {address.name!r} in namespace {address.namespace!r}; named actors in "
+        f"this cluster: {', '.join(sorted(known)) or 'none'}. Start its producer first, correct "
+        "the name, or set create to true"
+    )
+
+
+def _check_three_methods(handle: Any, address: QueueAddress) -> None:
+    lacking = [name for name in ("put", "get", "size") if not hasattr(handle, name)]
+    if lacking:
+        raise QueueError(
+            f"the actor {address.name!r} in namespace {address.namespace!r} is not a queue: it has "
+            f"no method {' and no '.join(lacking)}. Check the name"
+        )
+
+
+class _Patience:
+    """Mentions a long wait in the log now and then, so that a silent hang cannot happen."""
+
+    def __init__(self, waiting_for: str) -> None:
+        self._waiting_for = waiting_for
+        self._since = self._mentioned = time.monotonic()
+
+    def idle_s(self) -> float:
+        return time.monotonic() - self._since
+
+    def mention(self) -> None:
+        now = time.monotonic()
+        if now - self._mentioned >= _REPORT_S:
+            self._mentioned = now
+            log.warning("%s for %.0f s", self._waiting_for, now - self._since)
+
+    def reset(self) -> None:
+        self._since = self._mentioned = time.monotonic()
+
+
+class NativeQueue:
+    """Client of our own `QueueActor`."""
+
+    native = True
+
+    def __init__(self, handle: Any, address: QueueAddress) -> None:
+        self._handle = handle
+        self._name = address.name
+        self._waiting = _Patience(f"no event in queue {address.name!r}")
+
+    def open(self, producer: str, of: int = 1) -> None:
+        """Announce a producer, one of ``of`` that together make the stream."""
+        self._call("open", producer, of)
+
+    def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
+        """End a producer's part of the stream; ``failure`` says why it is incomplete."""
+        self._call("close", producer, failure, end_markers)
+
+    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
+        """Put all records in order, waiting for room as long as it takes.
+
+        Raises
+        ------
+        QueueError
+            If the queue's actor is gone.
+        """
+        left = list(records)
+        patience = _Patience(f"queue {self._name!r} is full; waiting")
+        while left:
+            taken = self._call("put_many", producer, left, _POLL_S)
+            left = left[taken:]
+            if taken:
+                patience.reset()
+            else:
+                patience.mention()
+
+    def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
+        """Take up to ``max_records``, waiting up to ``timeout_s`` for the first; True at the end.
+
+        Parameters
+        ----------
+        reader
+            Names the reader; readers that share one job (the ranks of a run) share a name.
+        """
+        delivery = self._call("get_many", reader, max_records, timeout_s)
+        if delivery.records:
+            self._waiting.reset()
+        elif not delivery.ended:
+            self._waiting.mention()
+        return [taken for record in delivery.records for taken in self._decode(record)], bool(
+            delivery.ended
+        )
+
+    def size(self) -> int:
+        """Return how many events can be taken now."""
+        return int(self._call("size"))
+
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Wait until every producer has closed the stream; say whether they have."""
+        return bool(self._call("wait_ended", timeout_s))
+
+    def statistics(self) -> Any:
+        """Return the queue's `QueueStatistics`."""
+        return self._call("statistics")
+
+    def _decode(self, record: Record) -> list[Taken]:
+        if not isinstance(record, ForeignItem):
+            return [record]
+        return _decode_item(self._kind(), record, f"{self._name}#{record.generation}")
+
+    def _kind(self) -> Kind:
+        kind: Kind = self._call("describe").kind
+        return kind
+
+    def _call(self, method: str, *args: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self._handle, method).remote(*args))
+        except ray.exceptions.RayActorError as error:
+            raise QueueError(_gone(self._name, error)) from error
+
+
+class ForeignQueue:
+    """Client of an actor that knows only ``put``, ``get`` and ``size``, such as psana-ray's.
+
+    Such a queue hands every item out once and for good, cannot tell "empty" from "ended" (both are
+    ``None``), and cannot tell producers apart. Items keep the identity their producer gave them.
+    """
+
+    native = False
+
+    def __init__(self, handle: Any, address: QueueAddress, kind: Kind) -> None:
+        self._handle = handle
+        self._address = address
+        self._kind = kind
+        self._items_taken = 0
+        self._idle = _Patience(f"no event in queue {address.name!r}")
+
+    def open(self, producer: str, of: int = 1) -> None:
+        """Do nothing: such a queue knows no producers."""
+
+    def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
+        """Put ``end_markers`` end items, each until it is accepted.
+
+        Call it from one producer, after all others have put their last item.
+        """
+        marker = None if self._kind == "events" else END_MARKER
+        for _ in range(end_markers):
+            self._put_item(marker)
+
+    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
+        """Put all records, retrying with back-off and jitter while the queue answers False."""
+        results = [record for record in records if isinstance(record, Result)]
+        if results:
+            self._put_item(results_to_item(results))
+        for record in records:
+            if isinstance(record, Event):
+                self._put_item(event_to_item(record))
+
+    def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
+        """Take up to ``max_records`` items within ``timeout_s``; True after the idle time."""
+        deadline = time.monotonic() + timeout_s
+        pause = 0.001
+        while True:
+            items = self._get_items(max_records)
+            if items:
+                self._idle.reset()
+                return [taken for item in items for taken in self._decode(item)], False
+            self._idle.mention()
+            if self._idle.idle_s() >= self._address.idle_timeout_s:
+                return [], True
+            if time.monotonic() >= deadline:
+                return [], False
+            time.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    def size(self) -> int:
+        """Return how many items can be taken now."""
+        return int(self._call([("size", ())])[0])
+
+    def _get_items(self, max_items: int) -> list[Any]:
+        """Take what is there, up to ``max_items``, with all calls under way at once."""
+        wanted = min(max_items, max(1, self.size()))
+        answers = self._call([("get", ())] * wanted)
+        # An old-style END in a queue of results is an end for its readers, not an item for us.
+        return [
+            item
+            for item in answers
+            if item is not None and not (isinstance(item, str) and item == END_MARKER)
+        ]
+
+    def _decode(self, item: Any) -> list[Taken]:
+        record = ForeignItem(item, self._items_taken, 0)
+        self._items_taken += 1
+        return _decode_item(self._kind, record, self._address.name)
+
+    def _put_item(self, item: Any) -> None:
+        patience = _Patience(f"queue {self._address.name!r} is full; waiting")
+        pause = 0.01
+        while not self._call([("put", (item,))])[0]:
+            patience.mention()
+            # Jitter keeps several producers from knocking at the same moments.
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, 1.0)
+
+    def _call(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        import ray
+
+        try:
+            references = [getattr(self._handle, method).remote(*args) for method, args in calls]
+            answers: list[Any] = ray.get(references)
+        except ray.exceptions.RayActorError as error:
+            raise QueueError(_gone(self._address.name, error)) from error
+        return answers
+
+
+def _decode_item(kind: Kind, item: ForeignItem, stream: str) -> list[Taken]:
+    if kind == "events":
+        return [item_to_event(item.payload, stream, item.position)]
+    return list(item_to_results(item.payload, stream, item.position))
+
+
+def _gone(name: str, error: Exception) -> str:
+    return (
+        f"the actor of queue {name!r} is gone, and what was still in it is lost; the Ray logs of "
+        f"its node say why ({str(error).splitlines()[0]}). Restart the producer and this run"
+    )

@@ -1,0 +1,195 @@
+"""Joining a Ray cluster, or starting an embedded one, with errors that say what to do.
+
+Ray is imported inside the functions: it reads its security settings from the environment once, on
+import, and the embedded cluster needs them set before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "peaknet"
+"""Ray namespace of the queues unless a configuration names another one."""
+
+
+class ClusterError(RuntimeError):
+    """The Ray cluster cannot be used; the message says why and what to do."""
+
+
+def token_path() -> Path:
+    """Return where Ray looks for the cluster's token: `RAY_AUTH_TOKEN_PATH` or Ray's default."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+
+
+def ensure_private_token() -> Path:
+    """Create the cluster's token if there is none, readable by its owner only.
+
+    Ray would create it too, but readable by everyone under the usual umask, and whoever can read
+    the token can run code as us.
+    """
+    path = token_path()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    if path.stat().st_mode & 0o077:
+        log.warning("%s was readable by others; it is now readable by its owner only", path)
+        path.chmod(0o600)
+    return path
+
+
+def connect(address: str) -> str:
+    """Join the cluster at ``address``, once per process, and return its full address.
+
+    Parameters
+    ----------
+    address
+        ``local`` starts a cluster inside this process: it listens on the loopback interface only,
+        is protected by a token and ends with the process. ``auto`` joins the cluster that runs on
+        this machine or that ``RAY_ADDRESS`` names. ``host:port`` joins that one.
+
+    Raises
+    ------
+    ClusterError
+        If there is no such cluster, its token is another one, or it runs another Ray or Python.
+    """
+    if address == "local" or _is_loopback(address):
+        # Named for other systems, this switch makes Ray on Linux bind to 127.0.0.1 instead of to
+        # every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN" not in os.environ:
+            ensure_private_token()
+        # A left-over RAY_ADDRESS must not turn "start one here" into "join that one".
+        os.environ.pop("RAY_ADDRESS", None)
+    ray = _ray()
+    if ray.is_initialized():
+        return current_address()
+    if ":" in address:
+        _check_listening(address)
+    settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, **settings)
+    except Exception as error:
+        raise ClusterError(_explain(address, error)) from error
+    return current_address()
+
+
+def current_address() -> str:
+    """Return the address under which another process joins the cluster this one is in."""
+    return str(_ray().get_runtime_context().gcs_address)
+
+
+def disconnect() -> None:
+    """Leave the cluster; ends it if this process embeds it."""
+    _ray().shutdown()
+
+
+class ClusterTask:
+    """A function that runs in another process of the cluster."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def done(self) -> bool:
+        """Whether the function has returned or raised."""
+        ready, _ = _ray().wait([self._reference], timeout=0)
+        return bool(ready)
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Wait for the function and return what it returned, or raise what it raised.
+
+        Raises
+        ------
+        TimeoutError
+            If it still runs after ``timeout_s`` seconds.
+        """
+        ray = _ray()
+        try:
+            return ray.get(self._reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(f"still running after {timeout_s} s") from error
+
+
+def run_in_cluster(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ClusterTask:
+    """Run a function of an importable module in another process of the cluster.
+
+    It claims no CPU of Ray's books: Ray counts cores to place tasks, and a feeder or a file writer
+    on a machine whose cores are all booked must still start.
+    """
+    task = _ray().remote(num_cpus=0, max_retries=0)(function)
+    return ClusterTask(task.remote(*args, **kwargs))
+
+
+def _ray() -> Any:
+    import ray
+
+    return ray
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0]
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _check_listening(address: str) -> None:
+    """Ray retries for minutes where nothing listens; find that out in seconds."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{address} names a Ray Client proxy, which is far too slow for detector images; "
+            "give the cluster's own address, e.g. host:6379, or run inside the cluster with 'auto'"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"nothing answers at {address} ({error}). Check host and port (`ray status` on the "
+            "head node shows them), or start a cluster with `ray start --head`"
+        ) from error
+
+
+def _explain(address: str, error: Exception) -> str:
+    """Say what a failed ``ray.init`` means and what to do."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(chain)
+    if "auth" in text.lower() and "token" in text.lower():
+        return (
+            f"the Ray cluster at {address!r} refused our token. Every process needs the token that "
+            f"the cluster was started with: copy it to {token_path()} (readable by you only), or "
+            "set RAY_AUTH_TOKEN_PATH, and leave RAY_AUTH_MODE=token"
+        )
+    if "ersion mismatch" in text:
+        return (
+            f"the Ray cluster at {address!r} runs another version of Ray or Python than this "
+            f"environment: {_first_lines(text)}. Producer, predictor and writer need environments "
+            "with the same Ray version and Python minor version"
+        )
+    if "Could not find any running Ray" in text:
+        return (
+            "no Ray cluster runs on this machine. Start one with `ray start --head`, set "
+            "RAY_ADDRESS=host:port, or use the address 'local' for an embedded one"
+        )
+    return f"cannot use the Ray cluster at {address!r}: {_first_lines(text)}"
+
+
+def _first_lines(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines()[:6] if line.strip())

@@ -1,0 +1,149 @@
+"""What every source of events offers, and what the sources that read files share."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peaknet_predict.types import Image
+
+logger = logging.getLogger(__name__)
+
+
+class EventSource(ABC):
+    """A finite, repeatable sequence of detector readouts.
+
+    Events are numbered from 0 in an order that does not change between passes, so that a feeder
+    that was stopped can go on where it left off.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of events of one pass."""
+
+    @abstractmethod
+    def events(self, first: int = 0) -> Iterator[tuple[int, Image, float]]:
+        """Iterate over one pass.
+
+        Parameters
+        ----------
+        first
+            Number of the first event wanted; the ones before it are not read.
+
+        Yields
+        ------
+        idx, image, photon_energy
+            The event's number, its (P, H, W) or (H, W) pixels in the source's own dtype, and the
+            photon energy in eV. A record that cannot be used is yielded all the same, so that
+            whoever processes the stream can refuse and count it: the photon energy is NaN where it
+            is missing, and the image has no pixels at all (size 0, energy NaN) where the frame is
+            unreadable.
+
+        Raises
+        ------
+        ValueError
+            If `first` lies outside 0 ... ``len(self)``.
+        """
+
+
+def check_first(first: int, num_events: int) -> None:
+    """Raise a `ValueError` unless `first` may start a pass over `num_events` events."""
+    if not 0 <= first <= num_events:
+        raise ValueError(f"first must lie in 0 ... {num_events}, the number of events; got {first}")
+
+
+def resolve_paths(path: str | Sequence[str]) -> list[Path]:
+    """List the files that a path, a glob pattern or a list of either stands for.
+
+    Parameters
+    ----------
+    path
+        Patterns understand ``*``, ``?``, ``[...]`` and ``**``. A file that exists under the very
+        name of a pattern is meant literally.
+
+    Returns
+    -------
+    list of Path
+        In the order given; the matches of one pattern sorted by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file does not exist or a pattern matches nothing.
+    ValueError
+        If the list is empty.
+    """
+    patterns = [path] if isinstance(path, str) else list(path)
+    if not patterns:
+        raise ValueError("path is an empty list: name at least one file or glob pattern")
+    files: list[Path] = []
+    for pattern in patterns:
+        if Path(pattern).is_file():
+            files.append(Path(pattern))
+            continue
+        matches = sorted(m for m in glob.glob(pattern, recursive=True) if Path(m).is_file())
+        if not matches:
+            cause = "matches no file" if glob.has_magic(pattern) else "is not a file"
+            raise FileNotFoundError(
+                f"{pattern!r} {cause} (looked from {Path.cwd()}); check the path"
+            )
+        files += map(Path, matches)
+    return files
+
+
+def energies_from_table(
+    values: npt.NDArray[Any], num_events: int, where: str
+) -> npt.NDArray[np.float64]:
+    """Spread the photon energies that a file holds over its events.
+
+    Parameters
+    ----------
+    values
+        One number for the whole file (shape () or (1,)) or one for each event, (num_events,).
+    num_events
+        Events in the file.
+    where
+        File and dataset, for the error message.
+
+    Returns
+    -------
+    ndarray
+        (num_events,) | float64, in the unit of `values`.
+
+    Raises
+    ------
+    ValueError
+        If the values are not numbers or there is another number of them.
+    """
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{where} should hold photon energies but has dtype {values.dtype}")
+    if values.size == 1:
+        return np.full(num_events, float(values.reshape(())))
+    if values.shape != (num_events,):
+        raise ValueError(
+            f"{where} has shape {values.shape} for {num_events} events; photon energies need the "
+            f"shape () or ({num_events},). Name another one, or give photon_energy_ev"
+        )
+    return values.astype(np.float64)
+
+
+def check_photon_energy_ev(photon_energy_ev: float | None) -> None:
+    """Raise a `ValueError` if a photon energy is given that no experiment can have."""
+    if photon_energy_ev is not None and not 0.0 < photon_energy_ev < np.inf:
+        raise ValueError(f"photon_energy_ev must be positive (eV); got {photon_energy_ev}")
+
+
+def unreadable(path: Path, record: int, ndim: int, cause: Exception | str) -> Image:
+    """Log that a frame cannot be read and return what stands for it: an image without pixels.
+
+    Zeros of the right shape would do too, but they could be taken for a measured blank.
+    """
+    logger.warning("%s: frame %d is unreadable: %s", path, record, cause)
+    return np.empty((0,) * ndim, dtype=np.float32)

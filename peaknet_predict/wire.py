@@ -1,0 +1,127 @@
+"""The items that other programs put into our queues and take out of them.
+
+psana-ray puts the list ``[rank, idx, image, photon_energy]`` into an input queue. The file writers
+of its pipelines take lists of tuples ``(image, peaks, photon_energy)`` from an output queue, where
+``peaks`` is a list of ``[panel, y, x]``. Whatever does not fit is refused in words, item by item.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from peaknet_predict.types import Event, EventId, Refusal, Result
+
+
+def event_to_item(event: Event) -> list[Any]:
+    """Return the list that a reader of psana-ray's queue expects."""
+    return [event.id.rank, event.id.idx, event.image, event.photon_energy]
+
+
+def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
+    """Decode what psana-ray's producer puts.
+
+    Parameters
+    ----------
+    item
+        ``[rank, idx, image, photon_energy]``, or anything at all.
+    stream
+        Name of the stream the item came through.
+    position
+        The item's place in the stream; names the event where the item itself does not.
+    """
+    unnamed = EventId(stream, -1, position)
+    if not isinstance(item, list | tuple) or len(item) != 4:
+        return Refusal(
+            unnamed, f"expected [rank, idx, image, photon_energy], got {_describe(item)}"
+        )
+    rank, idx, image, photon_energy = item
+    if not _is_integer(rank) or not _is_integer(idx):
+        return Refusal(
+            unnamed, f"rank and idx must be integers, got {_describe(rank)} and {_describe(idx)}"
+        )
+    if not isinstance(image, np.ndarray):
+        return Refusal(
+            EventId(stream, int(rank), int(idx)), f"image is {_describe(image)}, not an ndarray"
+        )
+    energy = _as_float(photon_energy)
+    return Event(EventId(stream, int(rank), int(idx)), image, energy)
+
+
+def check_event(event: Event) -> str | None:
+    """Say why an event cannot be processed; ``None`` if it can.
+
+    A missing photon energy is a reason: CrystFEL indexes nothing at 0 eV and says nothing about it.
+    """
+    image = event.image
+    if not isinstance(image, np.ndarray):
+        return f"image is {_describe(image)}, not an ndarray"
+    if image.ndim not in (2, 3):
+        return f"image has shape {image.shape}; expected (panels, H, W) or (H, W)"
+    if image.size == 0:
+        return f"image is empty: shape {image.shape}"
+    if image.dtype.kind not in "iuf":
+        return f"image has dtype {image.dtype}; expected integers or floating point"
+    if not math.isfinite(event.photon_energy) or event.photon_energy <= 0:
+        return f"photon energy is {event.photon_energy} eV; expected a positive number"
+    return None
+
+
+def results_to_item(results: list[Result]) -> list[tuple[Any, list[list[float]], float]]:
+    """Return the list of ``(image, peaks, photon_energy)`` that the old file writers expect."""
+    return [
+        (
+            result.image,
+            # The panel number as an integer-valued float, as the predecessor's lists have it.
+            result.peaks.tolist(),
+            result.photon_energy,
+        )
+        for result in results
+    ]
+
+
+def item_to_results(item: Any, stream: str, position: int) -> list[Result | Refusal]:
+    """Decode a list of ``(image, peaks, photon_energy)`` tuples, named by stream and position."""
+    if not isinstance(item, list | tuple):
+        return [
+            Refusal(
+                EventId(stream, -1, position),
+                f"expected a list of (image, peaks, photon_energy), got {_describe(item)}",
+            )
+        ]
+    return [_decode_result(part, EventId(stream, position, n)) for n, part in enumerate(item)]
+
+
+def _decode_result(part: Any, identity: EventId) -> Result | Refusal:
+    if not isinstance(part, list | tuple) or len(part) != 3:
+        return Refusal(identity, f"expected (image, peaks, photon_energy), got {_describe(part)}")
+    image, peaks, photon_energy = part
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
+        return Refusal(identity, f"image is {_describe(image)}, not an ndarray (panels, H, W)")
+    try:
+        table = np.asarray(peaks, dtype=np.float64).reshape(-1, 3)
+    except (TypeError, ValueError):
+        return Refusal(identity, f"peaks are not [panel, y, x] triples: {_describe(peaks)}")
+    return Result(identity, image, table, _as_float(photon_energy))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _as_float(value: Any) -> float:
+    """Return a float; NaN, which `check_event` refuses by name, for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an ndarray of shape {value.shape}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__} {value!r}"[:80]
