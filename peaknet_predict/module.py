@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peaknet_predict.peaks import find_peaks
-from peaknet_predict.preprocess import Preprocess
+from peaknet_predict.preprocess import Preprocess, Transform
 from peaknet_predict.types import EventBatch, PeakBatch, Refusal, Result
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class PendingPeaks:
         assert self._preprocess is not None
         with _stage("find_peaks"):
             events = self._batch.events
-            shape_PHW = tuple(self._batch.images_BPHW.shape[1:])
+            _, *shape = self._batch.images_BPHW.shape
+            shape_PHW = (shape[0], shape[1], shape[2])
             with _side_stream(self._class_map_NHW.device, self._enqueued):
                 panels = self._class_map_NHW.shape[0] // self._batch.images_BPHW.shape[0]
                 table = find_peaks(self._class_map_NHW)
@@ -70,7 +71,7 @@ class PendingPeaks:
             tables = table.split(panels, len(events))
             results = []
             for event, peaks, bad in zip(events, tables, bad_pixels, strict=False):
-                peaks = self._preprocess.to_original(peaks, shape_PHW)
+                peaks, _ = self._preprocess.to_original(peaks, shape_PHW)
                 results.append(Result(event.id, event.image, peaks, event.photon_energy, int(bad)))
         return PeakBatch(results, self._refused)
 
@@ -99,7 +100,7 @@ class PeakNetModule(L.LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        preprocess: list[nn.Module],
+        preprocess: list[Transform],
         compile: bool = False,
         num_overlap: int = 2,
         warmup_shape: tuple[int, int, int, int] | None = None,

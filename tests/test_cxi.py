@@ -436,7 +436,7 @@ def test_directory_that_vanishes(tmp_path: Path) -> None:
 def test_parameters(tmp_path: Path) -> None:
     for wrong in ({"events_per_file": 0}, {"max_peaks": 0}, {"min_peaks": -1}, {"prefix": "a/b"}):
         with pytest.raises(ValueError, match="start"):
-            CxiWriter(tmp_path, **wrong)  # type: ignore[arg-type]
+            CxiWriter(tmp_path, **wrong)
     with pytest.raises(ValueError, match="compression"):
         CxiWriter(tmp_path, compression="lz4")  # type: ignore[arg-type]
 

@@ -80,8 +80,8 @@ def find_peaks_cupy(class_map_NHW: torch.Tensor) -> PeakTable:
     device = class_map_NHW.device
     # CuPy has its own current stream. On any other than torch's it would read the map before the
     # kernels that write it have run.
-    torch_stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(torch_stream):
+    torch_stream = torch.cuda.current_stream(device)
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(torch_stream):
         labels_NHW, num_peaks = ndimage.label(_share(class_map_NHW), structure=STRUCTURE_333)
         sums_4M = cupy.zeros((4, num_peaks), dtype=cupy.uint64)
         if num_peaks:

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "peaknet"
 """Ray namespace of the queues unless a configuration names another one."""
+
+
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class ClusterError(RuntimeError):
@@ -49,6 +53,22 @@ def ensure_private_token() -> Path:
     return path
 
 
+def keep_to_loopback() -> None:
+    """Make the Ray of this process listen on 127.0.0.1 only; call it before Ray is imported.
+
+    The switch is named for other systems, but it is what makes Ray on Linux bind to the loopback
+    interface instead of to every one. Ray reads it once, on import.
+    """
+    if "ray" in sys.modules and _LOOPBACK_SWITCH not in os.environ:
+        log.warning(
+            "Ray was imported before: its embedded cluster listens on all interfaces (protected by "
+            "the token). Set %s=0 before starting Python to keep it to loopback",
+            _LOOPBACK_SWITCH,
+        )
+        return
+    os.environ[_LOOPBACK_SWITCH] = "0"
+
+
 def connect(address: str) -> str:
     """Join the cluster at ``address``, once per process, and return its full address.
 
@@ -65,11 +85,9 @@ def connect(address: str) -> str:
         If there is no such cluster, its token is another one, or it runs another Ray or Python.
     """
     if address == "local" or _is_loopback(address):
-        # Named for other systems, this switch makes Ray on Linux bind to 127.0.0.1 instead of to
-        # every interface.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        keep_to_loopback()
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Ray protects a cluster that it starts by a token unless told otherwise.
         if "RAY_AUTH_TOKEN" not in os.environ:
             ensure_private_token()
         # A left-over RAY_ADDRESS must not turn "start one here" into "join that one".

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from peaknet_predict.queues import QueueAddress
+from peaknet_predict.queues.cluster import connect, disconnect, keep_to_loopback
+
+keep_to_loopback()  # before a test module imports Ray
+
+REPOSITORY = Path(__file__).parents[1]
+REAL_DATA = REPOSITORY.parent / "shared" / "realdata"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """An embedded Ray cluster for all tests of this process; its address."""
+    yield connect("local")
+    disconnect()
+
+
+@pytest.fixture
+def address(cluster: str) -> QueueAddress:
+    """A queue of its own for every test."""
+    return QueueAddress(f"queue-{uuid4().hex[:8]}")

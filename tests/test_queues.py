@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from peaknet_predict.queues import (
+    ClusterError,
+    NativeQueue,
+    QueueAddress,
+    QueueError,
+    connect_queue,
+    run_in_cluster,
+)
+from peaknet_predict.queues.cluster import connect, token_path
+from peaknet_predict.types import Event, EventId, Refusal, Result
+from tests.foreign import make_three_method_queue
+
+
+def event(idx: int) -> Event:
+    return Event(EventId("s", 0, idx), np.full((2, 8, 8), idx, np.float32), 9000.0 + idx)
+
+
+def result(idx: int) -> Result:
+    peaks = np.array([[1.0, 2.5, idx]])
+    return Result(EventId("s", 0, idx), event(idx).image, peaks, 9000.0 + idx)
+
+
+def take_all(queue: Any, reader: str = "r") -> list[Any]:
+    taken: list[Any] = []
+    ended = False
+    while not ended:
+        items, ended = queue.get(reader, 7, 1.0)
+        taken += items
+    return taken
+
+
+def native(address: QueueAddress, kind: Any = "events") -> NativeQueue:
+    queue = connect_queue(address, kind)
+    assert isinstance(queue, NativeQueue)
+    return queue
+
+
+def test_events_arrive_with_identity_pixels_and_energy(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(20)])
+    queue.close("p")
+    taken = take_all(queue)
+    assert [e.id for e in taken] == [EventId("s", 0, i) for i in range(20)]
+    for i, got in enumerate(taken):
+        np.testing.assert_array_equal(got.image, event(i).image)
+        assert got.image.dtype == np.float32
+        assert got.photon_energy == 9000.0 + i
+
+
+def test_put_waits_for_room_and_get_for_events(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=3))
+    queue.open("p")
+
+    def produce() -> None:
+        queue.put("p", [event(i) for i in range(30)])
+        queue.close("p")
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    time.sleep(0.5)
+    assert queue.size() == 3
+    assert [e.id.idx for e in take_all(queue)] == list(range(30))
+    producer.join()
+    statistics = queue.statistics()
+    assert (statistics.accepted, statistics.delivered, statistics.largest) == (30, 30, 3)
+
+
+def test_an_empty_queue_is_waited_on_inside_the_actor(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    started = time.monotonic()
+    assert queue.get("r", 5, 0.4) == ([], False)
+    assert time.monotonic() - started >= 0.4
+
+
+def _produce_and_exit(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(5)])
+    queue.close("p")
+
+
+def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster: str) -> None:
+    code = (
+        "from peaknet_predict.queues.cluster import connect; connect({!r})\n"
+        "from peaknet_predict.queues import QueueAddress\n"
+        "from tests.test_queues import _produce_and_exit; _produce_and_exit(QueueAddress({!r}))"
+    ).format(cluster, address.name)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [int(e.image[0, 0, 0]) for e in take_all(native(address))] == list(range(5))
+
+
+def test_our_actor_serves_programs_that_know_three_methods(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=2))
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    image = np.arange(8.0).reshape(2, 2, 2)
+    assert ray.get(handle.put.remote([3, 17, image, 9500.0])) is True
+    assert ray.get(handle.put.remote("nonsense")) is True
+    assert ray.get(handle.put.remote([3, 18, image, 9500.0])) is False
+    assert ray.get(handle.size.remote()) == 2
+    ray.get(handle.put.remote(None))
+    good, bad = take_all(queue)
+    assert (good.id.rank, good.id.idx, good.photon_energy) == (3, 17, 9500.0)
+    np.testing.assert_array_equal(good.image, image)
+    assert isinstance(bad, Refusal)
+    assert "nonsense" in bad.reason
+
+    queue.open("p")
+    queue.put("p", [event(4)])
+    queue.close("p")
+    rank, idx, image, energy = ray.get(handle.get.remote())
+    assert (rank, idx, energy) == (0, 4, 9004.0)
+    assert ray.get(handle.get.remote()) is None
+
+
+def test_our_output_gives_an_old_reader_tuples_and_its_end(address: QueueAddress) -> None:
+    queue = native(address, "results")
+    queue.open("p")
+    queue.put("p", [result(5)])
+    queue.close("p", end_markers=2)
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    ((image, peaks, energy),) = ray.get(handle.get.remote())
+    np.testing.assert_array_equal(image, result(5).image)
+    assert (peaks, energy) == ([[1.0, 2.5, 5.0]], 9005.0)
+    assert [ray.get(handle.get.remote()) for _ in range(3)] == ["END", "END", None]
+
+
+def test_a_foreign_queue_that_pauses_is_read_to_its_end(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 1000, 11, 2.0)
+    for i in range(30):
+        assert ray.get(handle.put.remote([2, i, event(i).image, 9000.0]))
+    queue = connect_queue(replace(address, idle_timeout_s=3.0), "events")
+    assert not queue.native
+    taken = take_all(queue)
+    assert [(e.id.rank, e.id.idx) for e in taken] == [(2, i) for i in range(30)]
+
+
+def test_a_foreign_queue_that_is_full_is_retried_and_gets_its_ends(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 1)
+    queue = connect_queue(address, "results")
+
+    def produce() -> None:
+        for i in range(4):
+            queue.put("p", [result(i)])
+        queue.close("p", end_markers=2)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    items: list[Any] = []
+    while len(items) < 6:
+        item = ray.get(handle.get.remote())
+        if item is not None:
+            items.append(item)
+    producer.join()
+    assert [item[0][2] for item in items[:4]] == [9000.0, 9001.0, 9002.0, 9003.0]
+    assert items[4:] == ["END", "END"]
+
+
+def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None:
+    with pytest.raises(QueueError, match="there is no queue.*set create to true"):
+        connect_queue(replace(address, create=False), "events")
+    native(address)
+    with pytest.raises(QueueError, match="holds events, but results are expected"):
+        connect_queue(address, "results")
+    class NotAQueue:
+        def get(self) -> None: ...
+
+    other = replace(address, name=address.name + "-other")
+    actor = ray.remote(NotAQueue).options(name=other.name, namespace=other.namespace).remote()
+    with pytest.raises(QueueError, match="is not a queue: it has no method put and no size"):
+        connect_queue(other, "events")
+    del actor
+
+
+def test_a_dead_queue_says_that_what_it_held_is_lost(address: QueueAddress) -> None:
+    queue = native(address)
+    ray.kill(ray.get_actor(address.name, namespace=address.namespace))
+    with pytest.raises(QueueError, match="is gone, and what was still in it is lost"):
+        queue.size()
+
+
+def test_the_embedded_cluster_listens_on_loopback_and_its_token_is_private(cluster: str) -> None:
+    assert cluster.startswith("127.0.0.1:")
+    assert stat.S_IMODE(token_path().stat().st_mode) == 0o600
+
+
+def _connect_in_a_process(address: str, **environment: str) -> str:
+    code = f"""
+from peaknet_predict.queues.cluster import ClusterError, connect
+try:
+    connect({address!r})
+except ClusterError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+def test_a_cluster_that_cannot_be_joined_says_what_to_do(cluster: str) -> None:
+    with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1:1 .*ray start --head"):
+        from peaknet_predict.queues import cluster as module
+
+        module._check_listening("127.0.0.1:1")
+    assert "refused our token" in _connect_in_a_process(cluster, RAY_AUTH_TOKEN="0" * 64)
+    assert connect("auto") == cluster, "once joined, a process stays"
+
+
+def _fail() -> None:
+    raise RuntimeError("the producer is on fire")
+
+
+def test_a_function_run_in_the_cluster_raises_here() -> None:
+    task = run_in_cluster(_fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        task.result(timeout_s=60)
+    assert task.done()
