@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from peaknet_predict.queues import ClusterError, QueueError
 
@@ -33,10 +36,9 @@ _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a
 class PredictCLI(LightningCLI):
     """Lightning's command line, cut down to prediction on streams."""
 
-    def __init__(self, args: Sequence[str]) -> None:
-        # Imported here: other commands need neither torch nor Lightning's Trainer.
-        from lightning import LightningDataModule, LightningModule
-
+    def __init__(self, args: Sequence[str] | None) -> None:
+        for harmless in _HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=harmless)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -54,7 +56,7 @@ class PredictCLI(LightningCLI):
                 "enable_progress_bar": False,
                 "use_distributed_sampler": False,
             },
-            args=list(args),
+            args=None if args is None else list(args),
         )
 
     @staticmethod
@@ -65,6 +67,18 @@ class PredictCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept."""
         self.trainer.predict(**kwargs, return_predictions=False)
+
+
+_HARMLESS_WARNINGS = (
+    # The batch's identity travels in the batch itself.
+    "Couldn't infer the batch indices",
+    # That is the point: predict_step moves the pixels without waiting.
+    "You have overridden `transfer_batch_to_device`",
+    # Between Lightning and torch; nothing a user could change.
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Batches are made where the queue is read; worker processes would only copy them.
+    "The 'predict_dataloader' does not have many workers",
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -78,7 +92,8 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     _set_up_logging()
     commands: dict[str, Callable[[list[str]], int]] = {
-        "predict": _predict,
+        # None: Lightning reads the command line itself, as it does again in every rank it starts.
+        "predict": lambda rest: _predict(None if args is None else ["predict", *rest]),
         "feed": _feed,
         "write-cxi": _write_cxi,
         "doctor": _doctor,
@@ -101,11 +116,9 @@ def run() -> None:
     sys.exit(main())
 
 
-def _predict(args: list[str]) -> int:
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
+def _predict(args: list[str] | None) -> int:
     try:
-        PredictCLI(["predict", *args])
+        PredictCLI(args)
     except SIGTERMException:
         log.error("stopped by SIGTERM; what was finished has been delivered")
         return EXIT_INCOMPLETE

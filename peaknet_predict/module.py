@@ -40,12 +40,14 @@ class PendingPeaks:
         self._bad_pixels_B = bad_pixels_B
         self._preprocess = preprocess
         if class_map_NHW.is_cuda:
-            self._enqueued = torch.cuda.Event()
+            self._enqueued = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._enqueued.record()
 
     def done(self) -> bool:
         """Whether the device has finished this batch, so that `result` will not wait for it."""
-        return self._result is not None or self._enqueued is None or self._enqueued.query()
+        if self._result is not None or self._enqueued is None:
+            return True
+        return bool(self._enqueued.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> PeakBatch:
         """Wait for this batch and return what became of each of its events."""
@@ -209,7 +211,7 @@ def _side_stream(device: torch.device, after: torch.cuda.Event | None) -> Iterat
     if device.type != "cuda":
         yield
         return
-    stream = _side_streams.setdefault(device, torch.cuda.Stream(device))
+    stream = _side_streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         if after is not None:
             stream.wait_event(after)

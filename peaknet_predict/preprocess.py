@@ -346,9 +346,7 @@ class Preprocess(nn.Module):
         """
         peaks_M3 = np.asarray(peaks_M3, dtype=np.float64).reshape(-1, 3)
         input_shapes = self._shapes(input_shape_PHW)[:-1]
-        for transform, shape_PHW in reversed(
-            list(zip(self.transforms, input_shapes, strict=True))
-        ):
+        for transform, shape_PHW in reversed(list(zip(self.transforms, input_shapes, strict=True))):
             assert isinstance(transform, Transform)
             peaks_M3 = transform.to_original(peaks_M3, shape_PHW)
         # A pixel reaches half its size to each side of its centre.

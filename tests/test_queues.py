@@ -178,6 +178,7 @@ def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None
     native(address)
     with pytest.raises(QueueError, match="holds events, but results are expected"):
         connect_queue(address, "results")
+
     class NotAQueue:
         def get(self) -> None: ...
 

@@ -174,7 +174,10 @@ class PeakNet(nn.Module):
         height, width = images_N1HW.shape[2:]
         multiple = self.size_multiple
         if height % multiple or width % multiple:
-            up_height, up_width = -(-height // multiple) * multiple, -(-width // multiple) * multiple
+            up_height, up_width = (
+                -(-height // multiple) * multiple,
+                -(-width // multiple) * multiple,
+            )
             raise ValueError(
                 f"PeakNet takes panels whose height and width are multiples of {multiple}, not "
                 f"{height}x{width}: put Pad(height={up_height}, width={up_width}) into the "

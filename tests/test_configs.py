@@ -1,0 +1,92 @@
+"""Every shipped configuration parses; those that this machine can run are run elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peaknet_predict.cli import main
+from peaknet_predict.doctor import doctor
+from tests.conftest import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs"
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+TOPOLOGIES = sorted((CONFIGS / "topology").glob("*.yaml"))
+
+
+def printed(*configs: Path, more: tuple[str, ...] = ()) -> dict[str, object]:
+    """Parse configurations as a user would and return what ``--print_config`` shows."""
+    words = [word for config in configs for word in ("-c", str(config))]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
+        main(["predict", *words, *more, "--print_config"])
+    assert stop.value.code == 0
+    parsed: dict[str, object] = yaml.safe_load(said.getvalue())
+    return parsed
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda path: path.stem)
+def test_every_model_goes_with_every_topology(model: Path, topology: Path) -> None:
+    parsed = printed(CONFIGS / "predict.yaml", model, topology)
+    assert set(parsed) >= {"trainer", "model", "data"}
+
+
+def test_the_demo_parses_alone_and_with_a_gpu() -> None:
+    printed(CONFIGS / "demo.yaml")
+    parsed = printed(CONFIGS / "demo.yaml", CONFIGS / "topology" / "one_gpu.yaml")
+    assert parsed["trainer"]["precision"] == "bf16-mixed"  # type: ignore[index]
+
+
+def test_predictions_cannot_be_kept_and_streams_are_not_fetched_ahead() -> None:
+    parsed = printed(CONFIGS / "demo.yaml")
+    assert "return_predictions" not in parsed
+    assert parsed["trainer"]["limit_predict_batches"] == 10**9  # type: ignore[index]
+
+
+def test_an_unknown_key_is_an_error_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "-c", str(CONFIGS / "demo.yaml"), "--data.init_args.batch_sise", "4"])
+    assert stop.value.code == 2
+    assert "batch_sise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["snr", "peaknet_small"])
+def test_doctor_makes_everything_that_a_configuration_names(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = ["predict.yaml", f"models/{model}.yaml", "topology/cpu.yaml"]
+    assert doctor(config=[str(CONFIGS / name) for name in configs]) == 0
+    assert "network and data could be made" in capsys.readouterr().out
+
+
+def test_doctor_names_what_is_wrong_in_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = (CONFIGS / "models" / "peaknet_small.yaml").read_text()
+    (tmp_path / "model.yaml").write_text(model.replace("weights: null", "weights: gone.pt"))
+    configs = [str(CONFIGS / "predict.yaml"), str(tmp_path / "model.yaml")]
+    assert doctor(config=configs, directory=str(tmp_path / "missing")) == 2
+    said = capsys.readouterr().out
+    assert "gone.pt" in said
+    assert "cannot write to" in said
+
+
+def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predikt"]) == 2
+    assert main(["--help"]) == 0
+    assert "write-cxi" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["feed", "write-cxi", "doctor"])
+def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--address" in capsys.readouterr().out
