@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from callbacks.cxi_output import CxiOutput
 from callbacks.lookup import callback_of
-from peaknet_predict.cxi import read_cxi
+from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.sources import Simulator
 from peaknet_predict.types import Peaks

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peaknet_predict.cxi import CxiWriteError, CxiWriter, read_cxi
+from peaknet_predict.cxi import CxiWriteError, CxiWriter
+from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.types import EventId, Result
 
 
@@ -320,7 +321,7 @@ def test_full_disk_does_not_crash_the_process(tmp_path: Path) -> None:
     program = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_cxi import CxiWriteError, CxiWriter, full_disk, make_result
+from tests.test_cxi import CxiWriteError, CxiWriter, full_disk, make_result
 writer = CxiWriter({str(tmp_path)!r})
 writer.add(make_result(0, (4, 200, 256)))
 with full_disk(300_000):
@@ -376,7 +377,7 @@ def test_killed_in_the_middle_leaves_no_final_file(
     program = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_cxi import CxiWriter, make_result
+from tests.test_cxi import CxiWriter, make_result
 os.fsync = lambda _: os._exit(9)
 writer = CxiWriter({str(tmp_path)!r})
 writer.add(make_result())

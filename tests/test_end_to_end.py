@@ -17,7 +17,7 @@ import ray
 import yaml
 
 from callbacks.planted_score import score_files
-from peaknet_predict.cxi import read_cxi
+from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.queues import QueueAddress
 from peaknet_predict.sources import NpzSource, Simulator
 from tests.conftest import REAL_DATA, REPOSITORY
@@ -263,4 +263,3 @@ def test_real_cspad_shots(
         assert not at_border.any()
         # Two of some 380 columns: a real peak may lie there, a line of them may not.
         assert on_wide_columns.sum() <= 2
-

@@ -14,7 +14,6 @@ import pytest
 import ray
 
 from peaknet_predict.queues import (
-    ClusterError,
     NativeQueue,
     QueueAddress,
     QueueError,
@@ -98,10 +97,10 @@ def _produce_and_exit(address: QueueAddress) -> None:
 
 def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster: str) -> None:
     code = (
-        "from peaknet_predict.queues.cluster import connect; connect({!r})\n"
+        f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
         "from peaknet_predict.queues import QueueAddress\n"
-        "from tests.test_queues import _produce_and_exit; _produce_and_exit(QueueAddress({!r}))"
-    ).format(cluster, address.name)
+        f"from tests.test_queues import _produce_and_exit; _produce_and_exit(QueueAddress({address.name!r}))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert [int(e.image[0, 0, 0]) for e in take_all(native(address))] == list(range(5))
 
@@ -173,7 +172,7 @@ def test_a_foreign_queue_that_is_full_is_retried_and_gets_its_ends(address: Queu
 
 
 def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None:
-    with pytest.raises(QueueError, match="there is no queue.*set create to true"):
+    with pytest.raises(QueueError, match=r"there is no queue.*set create to true"):
         connect_queue(replace(address, create=False), "events")
     native(address)
     with pytest.raises(QueueError, match="holds events, but results are expected"):
@@ -220,10 +219,7 @@ except ClusterError as error:
 
 
 def test_a_cluster_that_cannot_be_joined_says_what_to_do(cluster: str) -> None:
-    with pytest.raises(ClusterError, match="nothing answers at 127.0.0.1:1 .*ray start --head"):
-        from peaknet_predict.queues import cluster as module
-
-        module._check_listening("127.0.0.1:1")
+    assert "nothing answers at 127.0.0.1:1" in _connect_in_a_process("127.0.0.1:1")
     assert "refused our token" in _connect_in_a_process(cluster, RAY_AUTH_TOKEN="0" * 64)
     assert connect("auto") == cluster, "once joined, a process stays"
 

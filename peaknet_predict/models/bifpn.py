@@ -61,7 +61,8 @@ class BiFPNBlock(nn.Module):
     def __init__(self, num_features: int, num_levels: int, base_level: int) -> None:
         super().__init__()
         self.base_level = base_level
-        # One row a fusion. w_m: from the coarsest pair of levels to the finest; w_q: fine to coarse.
+        # A row for each fusion: of w_m from the coarsest pair of levels to the finest, of w_q from
+        # fine to coarse.
         self.w_m = nn.Parameter(torch.ones(num_levels - 1, 2))
         self.w_q = nn.Parameter(torch.ones(num_levels - 1, 3))
         mask = torch.ones(num_levels - 1, 3, dtype=torch.bool)
