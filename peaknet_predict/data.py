@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import lightning as L
 import numpy as np
@@ -21,16 +25,21 @@ from peaknet_predict.queues import (
 )
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
-from peaknet_predict.types import Event, EventBatch, Refusal, Result
+from peaknet_predict.types import Event, EventBatch, Image, Refusal, Result
 from peaknet_predict.wire import check_event
 
 log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
+_BEHIND_S = 0.002  # shortest wait, for a batch that is due while the caller is busy
+_BATCHES_AHEAD = 2  # batches made before the caller asks for them
 
 
 class QueueDataset(IterableDataset[EventBatch]):
     """Finished batches from a queue of events.
+
+    A thread of its own takes events and copies their pixels, once, from Ray's shared memory into
+    the batch, while the caller works on earlier batches.
 
     Events of one shape and dtype share a batch; where either changes, the batch so far goes out
     short and a new one begins. Items that cannot be processed are refused one by one, with a
@@ -43,11 +52,24 @@ class QueueDataset(IterableDataset[EventBatch]):
     reader
         Name under which this job reads; the ranks of one run share it.
     batch_size
-        Events per batch (B).
+        Most events of a batch.
+    partial_sizes
+        Smaller numbers of rows that a batch may have, for batches that are not full; a batch has
+        the smallest number of rows that holds its events, the rest of them zeros.
+    max_latency_ms
+        A batch goes out short when its first event has waited this long and nothing else is ready
+        for the caller; by default it waits until it is full.
     pin_memory
         Put the pixels where a GPU can fetch them while the CPU goes on.
     check_producer
         Called while the queue is empty; raises if the producer that should fill it has failed.
+
+    Attributes
+    ----------
+    received
+        Items taken from the queue so far.
+    ended
+        Whether the queue has said that the stream has ended.
     """
 
     def __init__(
@@ -55,26 +77,71 @@ class QueueDataset(IterableDataset[EventBatch]):
         queue: Queue,
         reader: str,
         batch_size: int,
+        partial_sizes: Sequence[int] = (),
+        max_latency_ms: float | None = None,
         pin_memory: bool = False,
         check_producer: Callable[[], None] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch needs at least one event")
+        if any(not 0 < size < batch_size for size in partial_sizes):
+            raise ValueError(
+                f"partial_sizes are {list(partial_sizes)}; give numbers from 1 to {batch_size - 1}"
+            )
+        if max_latency_ms is not None and max_latency_ms <= 0:
+            raise ValueError(f"max_latency_ms is {max_latency_ms}; give a positive number")
         self._queue = queue
         self._reader = reader
-        self._batch_size = batch_size
+        self._sizes = [*sorted(partial_sizes), batch_size]
+        self._max_latency_s = None if max_latency_ms is None else max_latency_ms / 1000
         self._pin_memory = pin_memory
         self._check_producer = check_producer
+        self._ready: SimpleQueue[EventBatch | Exception | None] = SimpleQueue()
+        self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
+        self._stop = threading.Event()
         self.received = 0
         self.ended = False
 
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches until the queue says that the stream has ended."""
+        ingest = threading.Thread(target=self._ingest, name="ingest", daemon=True)
+        ingest.start()
+        try:
+            while (batch := self._ready.get()) is not None:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+                self._permits.release()
+        finally:
+            self._stop.set()
+            self._permits.release()
+            ingest.join()
+
+    def _ingest(self) -> None:
+        """Fill batches until the end; hand on whatever goes wrong to the caller."""
+        try:
+            for batch in self._batches():
+                self._ready.put(batch)
+                self._permits.acquire()
+                if self._stop.is_set():
+                    return
+            self._ready.put(None)
+        except Exception as error:
+            self._ready.put(error)
+
+    def _batches(self) -> Iterator[EventBatch]:
         events: list[Event] = []
         refused: list[Refusal] = []
-        while not self.ended:
-            wanted = self._batch_size - len(events)
-            taken, self.ended = self._queue.get(self._reader, wanted, _WAIT_S)
+        while not self.ended and not self._stop.is_set():
+            due_in_s = self._due_in_s(events)
+            if due_in_s <= 0 and self._ready.empty():
+                yield self._assemble(events, refused)
+                events, refused = [], []
+                continue
+            wanted = self._sizes[-1] - len(events)
+            taken, self.ended = self._queue.get(
+                self._reader, wanted, min(_WAIT_S, max(due_in_s, _BEHIND_S))
+            )
             self.received += len(taken)
             for item in taken:
                 refusal = _refusal(item)
@@ -85,14 +152,22 @@ class QueueDataset(IterableDataset[EventBatch]):
                 if events and _form(events[0]) != _form(item):
                     yield self._assemble(events, refused)
                     events, refused = [], []
+                if not events:
+                    self._first_at = time.monotonic()
                 events.append(item)
-            if len(events) == self._batch_size:
+            if len(events) == self._sizes[-1]:
                 yield self._assemble(events, refused)
                 events, refused = [], []
             if not taken and not self.ended and self._check_producer is not None:
                 self._check_producer()
         if events or refused:
             yield self._assemble(events, refused)
+
+    def _due_in_s(self, events: list[Event]) -> float:
+        """Return how long a batch may still wait for more events."""
+        if not events or self._max_latency_s is None:
+            return _WAIT_S
+        return self._first_at + self._max_latency_s - time.monotonic()
 
     def size(self) -> int:
         """Return how many events wait in the queue."""
@@ -102,17 +177,23 @@ class QueueDataset(IterableDataset[EventBatch]):
         if not events:
             return EventBatch(torch.empty((0, 0, 0, 0)), [], refused)
         shape_PHW, dtype = _form(events[0])
+        # A short batch has one of few sizes, so that a compiled network sees no others.
+        size = next(size for size in self._sizes if size >= len(events))
         images_BPHW = torch.empty(
-            (self._batch_size, *shape_PHW),
-            dtype=_TORCH_DTYPES[dtype],
-            pin_memory=self._pin_memory,
+            (size, *shape_PHW), dtype=_TORCH_DTYPES[dtype], pin_memory=self._pin_memory
         )
         rows = images_BPHW.numpy()
-        for row, event in zip(rows, events, strict=False):
-            np.copyto(row, event.image.reshape(shape_PHW))
-        # A short batch keeps the full shape, so that a compiled network sees no second one.
+        list(_copiers.map(_copy, rows, [event.image.reshape(shape_PHW) for event in events]))
         rows[len(events) :] = 0
         return EventBatch(images_BPHW, events, refused)
+
+
+# NumPy copies without the interpreter lock; one thread moves some 10 GB/s, a GPU takes in 50.
+_copiers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="copy")
+
+
+def _copy(row: Image, image: Image) -> None:
+    np.copyto(row, image)
 
 
 _TORCH_DTYPES = {
@@ -159,8 +240,8 @@ class QueueDataModule(L.LightningDataModule):
     ----------
     queue
         The input queue.
-    batch_size
-        Events per batch.
+    batch_size, partial_sizes, max_latency_ms
+        As for `QueueDataset`.
     address
         The Ray cluster: ``local`` starts an embedded one on this machine, ``auto`` joins the one
         that runs here or that RAY_ADDRESS names, ``host:port`` joins that one.
@@ -175,6 +256,8 @@ class QueueDataModule(L.LightningDataModule):
         self,
         queue: QueueAddress,
         batch_size: int = 32,
+        partial_sizes: tuple[int, ...] = (),
+        max_latency_ms: float | None = None,
         address: str = "auto",
         source: EventSource | None = None,
         source_rate_hz: float | None = None,
@@ -182,6 +265,8 @@ class QueueDataModule(L.LightningDataModule):
         super().__init__()
         self.queue_address = queue
         self.batch_size = batch_size
+        self.partial_sizes = partial_sizes
+        self.max_latency_ms = max_latency_ms
         self.address = address
         self.source = source
         self.source_rate_hz = source_rate_hz
@@ -209,6 +294,8 @@ class QueueDataModule(L.LightningDataModule):
             queue,
             reader,
             self.batch_size,
+            self.partial_sizes,
+            self.max_latency_ms,
             pin_memory=strategy.root_device.type == "cuda",
             check_producer=self._check_feeder,
         )

@@ -108,6 +108,8 @@ def push(
         for chunk in _chunks(_identified(source, stream, rank, num_events, loop), rate_hz):
             if rate_hz is not None:
                 time.sleep(max(0.0, started + fed / rate_hz - time.monotonic()))
+            for event in chunk:
+                event.put_at = time.time()
             queue.put(producer, chunk)
             fed += len(chunk)
         failure = None

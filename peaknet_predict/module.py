@@ -74,7 +74,11 @@ class PendingPeaks:
             results = []
             for event, peaks, bad in zip(events, tables, bad_pixels, strict=False):
                 peaks, _ = self._preprocess.to_original(peaks, shape_PHW)
-                results.append(Result(event.id, event.image, peaks, event.photon_energy, int(bad)))
+                results.append(
+                    Result(
+                        event.id, event.image, peaks, event.photon_energy, int(bad), event.put_at
+                    )
+                )
         return PeakBatch(results, self._refused)
 
 

@@ -350,8 +350,8 @@ class Preprocess(nn.Module):
             assert isinstance(transform, Transform)
             peaks_M3 = transform.to_original(peaks_M3, shape_PHW)
         # A pixel reaches half its size to each side of its centre.
-        upper_3 = np.array([input_shape_PHW[0], *input_shape_PHW[1:]]) - 0.5
-        keep_M = ((peaks_M3 >= -0.5) & (peaks_M3 < upper_3)).all(axis=1)
+        upper_3 = np.array(input_shape_PHW) - 0.5
+        keep_M: npt.NDArray[np.bool_] = np.all((peaks_M3 >= -0.5) & (peaks_M3 < upper_3), axis=1)
         return peaks_M3[keep_M], keep_M
 
     def _shapes(self, shape_PHW: Shape) -> list[Shape]:

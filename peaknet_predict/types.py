@@ -56,11 +56,14 @@ class Event:
         (P, H, W) or (H, W), detector counts.
     photon_energy
         eV.
+    put_at
+        When it entered the input queue, seconds since 1970; 0 if that is not known.
     """
 
     id: EventId
     image: Image
     photon_energy: float
+    put_at: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +87,8 @@ class Result:
         eV.
     bad_pixels
         Number of pixels that were NaN or infinite and therefore left out.
+    put_at
+        When the event entered the input queue, seconds since 1970; 0 if that is not known.
     """
 
     id: EventId
@@ -91,6 +96,7 @@ class Result:
     peaks: Peaks
     photon_energy: float
     bad_pixels: int = 0
+    put_at: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +125,8 @@ class EventBatch:
     ----------
     images_BPHW
         (B, P, H, W) tensor of detector counts, the events' own dtype, host memory (pinned where a
-        GPU will read it). ``B`` is the full batch size; rows from ``len(events)`` on are padding.
+        GPU will read it). ``B`` is one of the sizes that batches may have; rows from
+        ``len(events)`` on are padding.
     events
         The events whose pixels fill the first rows, in order of arrival.
     refused

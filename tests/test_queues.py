@@ -99,7 +99,8 @@ def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster
     code = (
         f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
         "from peaknet_predict.queues import QueueAddress\n"
-        f"from tests.test_queues import _produce_and_exit; _produce_and_exit(QueueAddress({address.name!r}))"
+        "from tests.test_queues import _produce_and_exit\n"
+        f"_produce_and_exit(QueueAddress({address.name!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert [int(e.image[0, 0, 0]) for e in take_all(native(address))] == list(range(5))

@@ -78,7 +78,7 @@ class GlobalResponseNorm(nn.Module):
         """Scale the channels of (N, H, W, C); shape and dtype stay."""
         # Sums of squares over a whole image need float32.
         x32_NHWC = x_NHWC.float()
-        norm_N11C = torch.linalg.vector_norm(x32_NHWC, dim=(1, 2), keepdim=True)
+        norm_N11C: Tensor = torch.linalg.vector_norm(x32_NHWC, dim=(1, 2), keepdim=True)
         relative_N11C = norm_N11C / (norm_N11C.mean(dim=-1, keepdim=True) + _GRN_EPS)
         scaled_NHWC = self.weight.float() * (x32_NHWC * relative_N11C) + self.bias.float()
         return (scaled_NHWC + x32_NHWC).to(x_NHWC.dtype)
@@ -105,7 +105,7 @@ class ConvNextV2Block(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Transform features; shape (N, C, H, W) stays."""
-        x_NHWC = self.layernorm(self.dwconv(x_NCHW).permute(0, 2, 3, 1))
+        x_NHWC: Tensor = self.layernorm(self.dwconv(x_NCHW).permute(0, 2, 3, 1))
         x_NHWC = self.pwconv2(self.grn(F.gelu(self.pwconv1(x_NHWC))))
         return x_NCHW + x_NHWC.permute(0, 3, 1, 2)
 

@@ -25,7 +25,7 @@ _SUPPORT_CAP = 5.0
 """Sigmas that a neighbour adds to a pixel's support at most, so that one hot neighbour is not
 enough."""
 
-_HOT_SIGMAS, _HOT_SPREAD = 20.0, 0.5
+_HOT_SIGMAS, _HOT_SPREAD = 20.0, 0.25
 """A pixel above the first, of whose excess its eight neighbours together have less than the second
 share, is a hot pixel that bleeds; around the centre of a Gaussian peak they have 2.7 (sigma 0.8
 pixels) and more."""
@@ -89,7 +89,7 @@ class LocalSnr(nn.Module):
         grow_threshold: float = 3.0,
         min_support: float = 4.0,
         box_radius: int = 7,
-        guard_radius: int = 2,
+        guard_radius: int = 3,
         line_radius: int = 12,
         min_background_pixels: int = 20,
         noise_floor: float = 1e-3,
