@@ -29,7 +29,7 @@ class Finding:
 
 
 def doctor(
-    config: list[str] | None = None,
+    configs: list[str] | None = None,
     address: str | None = None,
     queues: list[str] | None = None,
     namespace: str = NAMESPACE,
@@ -39,7 +39,7 @@ def doctor(
 
     Parameters
     ----------
-    config
+    configs
         Configurations of `predict`, as they would be given with ``-c``: parsed together, and
         everything in them is made (weights are loaded), but nothing runs.
     address
@@ -63,8 +63,8 @@ def doctor(
         raise ValueError("to look for queues, give the cluster's address too, e.g. --address auto")
     if directory is not None:
         checks.append(lambda: _check_directory(Path(directory)))
-    if config:
-        checks.append(lambda: _check_configuration(config))
+    if configs:
+        checks.append(lambda: _check_configuration(configs))
     failed = 0
     for check in checks:
         for finding in check():

@@ -62,7 +62,7 @@ def test_doctor_makes_everything_that_a_configuration_names(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configs = ["predict.yaml", f"models/{model}.yaml", "topology/cpu.yaml"]
-    assert doctor(config=[str(CONFIGS / name) for name in configs]) == 0
+    assert doctor(configs=[str(CONFIGS / name) for name in configs]) == 0
     assert "network and data could be made" in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_doctor_names_what_is_wrong_in_a_configuration(
     model = (CONFIGS / "models" / "peaknet_small.yaml").read_text()
     (tmp_path / "model.yaml").write_text(model.replace("weights: null", "weights: gone.pt"))
     configs = [str(CONFIGS / "predict.yaml"), str(tmp_path / "model.yaml")]
-    assert doctor(config=configs, directory=str(tmp_path / "missing")) == 2
+    assert doctor(configs=configs, directory=str(tmp_path / "missing")) == 2
     said = capsys.readouterr().out
     assert "gone.pt" in said
     assert "cannot write to" in said

@@ -25,7 +25,7 @@ from tests.foreign import make_three_method_queue
 
 CONFIGS = REPOSITORY / "configs"
 COMMAND = str(Path(sys.executable).with_name("peaknet-predict"))
-SMALL = {"panels": 2, "height": 96, "width": 128, "hit_fraction": 1.0, "distance_m": 0.02}
+SMALL = {"panels": 2, "height": 160, "width": 192, "hit_fraction": 1.0, "distance_m": 0.05}
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
@@ -181,7 +181,7 @@ def test_bad_events_are_refused_by_name_and_the_stream_goes_on(
             (image, float("nan")),
             (image, None),
             (image[:0], 9500.0),
-            (np.zeros((2, 96, 128), complex), 9500.0),
+            (np.zeros((2, 160, 192), complex), 9500.0),
             (with_nan, 9500.0),
             (image[0], 9500.0),
             (image.astype(np.uint16), 9500.0),

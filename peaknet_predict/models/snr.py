@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peaknet_predict.models.background import Window, box_sum
+
 _NEVER = -100.0
 """Logit of pixels that cannot be a peak; finite, so that a softmax stays so."""
 
@@ -143,55 +145,48 @@ class LocalSnr(nn.Module):
         offset = x.sum(dim=(2, 3), keepdim=True) / weight.sum(dim=(2, 3), keepdim=True).clamp(min=1)
         x = (x - offset) * weight
 
-        mean, sigma, count = self._background(x, weight, self.box_radius, self.box_radius)
-        enough = count >= self.min_background_pixels
-        quantum = _quantum(x, mean, sigma, valid & enough)
-        for radius_y, radius_x in ((0, self.line_radius), (self.line_radius, 0)):
-            line_mean, line_sigma, line_count = self._background(x, weight, radius_y, radius_x)
-            usable = line_count >= _MIN_LINE_PIXELS
-            mean = torch.where(usable, torch.maximum(mean, line_mean), mean)
-            sigma = torch.where(usable, torch.maximum(sigma, line_sigma), sigma)
-        sigma = torch.maximum(sigma, _MIN_SIGMA_PER_QUANTUM * quantum)
+        mean, sigma, usable = self._background(x, weight)
         snr = (x - mean) / sigma * weight
 
-        seed = self._seeds(snr, weight)
-        seed = torch.where(valid & enough, seed, _NEVER)
+        seed = torch.where(valid & usable, self._seeds(snr, weight), _NEVER)
         touches_seed = F.max_pool2d(seed, kernel_size=3, stride=1, padding=1)
         grown = torch.minimum(snr - self.grow_threshold, touches_seed)
         margin = torch.where(valid, torch.maximum(seed, grown), _NEVER)
         return torch.cat([torch.zeros_like(margin), margin], dim=1)
 
-    def _background(
-        self, x: Tensor, weight: Tensor, radius_y: int, radius_x: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, sigma and number of the valid pixels around each pixel, guard left out.
+    def _background(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and sigma of each pixel's background, and whether they are to be trusted."""
+        guard, floor = self.guard_radius, self.noise_floor
+        box = Window(weight, self.box_radius, self.box_radius, guard, self.min_background_pixels)
+        lines = [
+            Window(weight, 0, self.line_radius, guard, _MIN_LINE_PIXELS),
+            Window(weight, self.line_radius, 0, guard, _MIN_LINE_PIXELS),
+        ]
+        # First pass: the bounds beyond which a pixel is an outlier. A bright pixel may hide behind
+        # another one of its box, but hardly on its row and column as well. A line, though, must not
+        # be clipped to what lies beside it.
+        clipped = box.clip(x, *box.mean_and_sigma(x, floor), _CLIP)
+        line_values = []
+        for line in lines:
+            moments = line.mean_and_sigma(x, floor)
+            clipped = line.clip(clipped, *moments, _CLIP)
+            line_values.append(line.clip(x, *moments, _CLIP))
 
-        A radius of 0 makes the box a line.
-        """
-        guard_y, guard_x = min(self.guard_radius, radius_y), min(self.guard_radius, radius_x)
-
-        def ring_sum(values: Tensor) -> Tensor:
-            return _box_sum(values, radius_y, radius_x) - _box_sum(values, guard_y, guard_x)
-
-        count = ring_sum(weight)
-        divisor = count.clamp(min=1.0)
-
-        def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-            mean, square = (ring_sum(torch.cat([values, values.square()], dim=1)) / divisor).split(
-                1, dim=1
-            )
-            # Rounding may leave the difference below zero.
-            return mean, (square - mean.square()).clamp(min=self.noise_floor**2).sqrt()
-
-        mean, sigma = moments(x)
-        mean, sigma = moments(_clip(x, mean, sigma) * weight)
-        return mean, sigma, count
+        # Second pass.
+        mean, sigma = box.mean_and_sigma(clipped, floor)
+        deviation = (box.clip(clipped, mean, sigma, _CLIP) - mean) * weight * box.usable
+        sigma = torch.maximum(sigma, _MIN_SIGMA_PER_QUANTUM * _quantum(deviation))
+        for line, values in zip(lines, line_values, strict=True):
+            line_mean, line_sigma = line.mean_and_sigma(values, floor)
+            mean = torch.where(line.usable, torch.maximum(mean, line_mean), mean)
+            sigma = torch.where(line.usable, torch.maximum(sigma, line_sigma), sigma)
+        return mean, sigma, box.usable
 
     def _seeds(self, snr: Tensor, weight: Tensor) -> Tensor:
         """Return by how many sigmas each pixel passes as a seed, or misses."""
         capped = snr.clamp(-_SUPPORT_CAP, _SUPPORT_CAP)
         centers = torch.cat([capped, weight, snr], dim=1)
-        neighbours = _box_sum(centers, 1, 1) - centers
+        neighbours = box_sum(centers, 1, 1) - centers
         capped_sum, count, excess = neighbours.chunk(3, dim=1)
         support = capped_sum * count.clamp(min=1.0).rsqrt()
         seed = torch.minimum(snr - self.threshold, support - self.min_support)
@@ -201,50 +196,18 @@ class LocalSnr(nn.Module):
         return torch.where(near_hot > 0, _NEVER, seed)
 
 
-def _clip(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, mean - _CLIP * sigma), mean + _CLIP * sigma)
-
-
-def _quantum(x: Tensor, mean: Tensor, sigma: Tensor, usable: Tensor) -> Tensor:
+def _quantum(deviation: Tensor) -> Tensor:
     """Estimate the step of the counts on each panel, (N, 1, 1, 1): a photon, in the input's units.
+
+    `deviation` is the pixels' distance from the background, clipped; 0 where there is none.
 
     A Poisson distributed number of photons has equal variance and third central moment, so the
     third moment over the variance is the step; noise that is symmetric makes it small or zero. The
     median over blocks keeps peaks out.
     """
-    deviation = (_clip(x, mean, sigma) - mean) * usable
-    block = (min(_BLOCK, x.shape[2]), min(_BLOCK, x.shape[3]))
+    block = (min(_BLOCK, deviation.shape[2]), min(_BLOCK, deviation.shape[3]))
     powers = torch.cat([deviation.square(), deviation**3], dim=1)
     variance, third = F.avg_pool2d(powers, block).chunk(2, dim=1)
     # Blocks without a usable pixel are 0 / 0 and take no part.
     step = torch.nanquantile((third / variance).flatten(1), 0.5, dim=1)
     return step.nan_to_num(0.0).clamp(min=0.0).view(-1, 1, 1, 1)
-
-
-def _box_sum(x_NCHW: Tensor, radius_y: int, radius_x: int) -> Tensor:
-    """Return the sum over the box around each pixel; pixels outside the panel are 0."""
-    return _window_sum(_window_sum(x_NCHW, 3, radius_x), 2, radius_y)
-
-
-def _window_sum(x_NCHW: Tensor, dim: int, radius: int) -> Tensor:
-    """Return sums over ``2 * radius + 1`` pixels along an axis, from sums over 1, 2, 4, 8, ...
-
-    About 2 log2(width) additions of whole images: several times faster than pooling or cumulative
-    sums, without the rounding errors of the latter.
-    """
-    if radius == 0:
-        return x_NCHW
-    size, width = x_NCHW.shape[dim], 2 * radius + 1
-    padding = (radius, radius) if dim == 3 else (0, 0, radius, radius)
-    # Pixel i of `power` holds the sum over pixels i ... i + power_width - 1.
-    power, power_width = F.pad(x_NCHW, padding), 1
-    # The width is odd, so its first part is one pixel wide.
-    total, done = power.narrow(dim, 0, size), 1
-    while done < width:
-        length = power.shape[dim] - power_width
-        power = power.narrow(dim, 0, length) + power.narrow(dim, power_width, length)
-        power_width *= 2
-        if width & power_width:
-            total = total + power.narrow(dim, done, size)
-            done += power_width
-    return total
