@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
+from queue import Queue as BoundedQueue
 from typing import Any
 from uuid import uuid4
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from peaknet_predict.data import QueueDataModule
@@ -18,7 +22,58 @@ from peaknet_predict.types import EventBatch, Refusal, Result
 
 log = logging.getLogger(__name__)
 
+_LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
+
+
+class _Outbox:
+    """A thread that puts results into the output queue while the caller goes on.
+
+    Putting a batch of images takes as long as copying them; the GPU must not wait for that. At most
+    two lots wait in the outbox, then the caller waits: that is the program's back-pressure.
+
+    Attributes
+    ----------
+    latencies_s
+        Seconds from an event's entry into the input queue to the acceptance of its result by the
+        output queue, of the latest results whose entry is known.
+    """
+
+    def __init__(self, queue: Queue, producer: str) -> None:
+        self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._queue = queue
+        self._producer = producer
+        self._lots: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, results: list[Result]) -> None:
+        """Hand over results; raises what went wrong with earlier ones."""
+        if self._error is not None:
+            raise self._error
+        self._lots.put(results)
+
+    def close(self) -> None:
+        """Wait until everything handed over has been accepted; raises if it has not."""
+        if self._thread.is_alive():
+            self._lots.put(None)
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (results := self._lots.get()) is not None:
+            # After an error lots are still taken, or the caller would wait for ever.
+            if self._error is not None:
+                continue
+            try:
+                self._queue.put(self._producer, results)
+            except Exception as error:
+                self._error = error
+                continue
+            now = time.time()
+            self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
 
 
 class BalanceError(RuntimeError):
@@ -69,6 +124,7 @@ class QueueWriter(BasePredictionWriter):
         self._results: list[Result] = []
         self._batches_accumulated = 0
         self._queue: Queue | None = None
+        self._outbox: _Outbox | None = None
         self._roster: NativeQueue | None = None
         self._producer = ""
 
@@ -91,6 +147,7 @@ class QueueWriter(BasePredictionWriter):
         assert self._roster is not None
         self._roster.open(self._producer, of=trainer.world_size)
         self._queue.open(self._producer, of=trainer.world_size)
+        self._outbox = _Outbox(self._queue, self._producer)
 
     def write_on_batch_end(
         self,
@@ -139,7 +196,7 @@ class QueueWriter(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Deliver what is finished; readers learn that the stream is incomplete and why."""
-        if self._queue is None:
+        if self._outbox is None:
             return
         try:
             self._drain()
@@ -149,6 +206,13 @@ class QueueWriter(BasePredictionWriter):
             self._sign_off(trainer, f"{type(exception).__name__}: {exception}")
         except Exception:
             log.exception("the end of the stream could not be marked")
+
+    def latency_ms(self, *percentiles: float) -> list[float]:
+        """Return percentiles of the latency from put to result, of the latest events."""
+        latencies_s = list(self._outbox.latencies_s) if self._outbox is not None else []
+        if not latencies_s:
+            return [float("nan")] * len(percentiles)
+        return [1000 * float(p) for p in np.percentile(latencies_s, percentiles)]
 
     def _collect(self) -> None:
         """Fetch the oldest batch's result; push when enough batches are together."""
@@ -164,16 +228,18 @@ class QueueWriter(BasePredictionWriter):
             self._push()
 
     def _push(self) -> None:
-        assert self._queue is not None
+        assert self._outbox is not None
         if self._results:
-            self._queue.put(self._producer, self._results)
+            self._outbox.put(self._results)
         self._results = []
         self._batches_accumulated = 0
 
     def _drain(self) -> None:
+        assert self._outbox is not None
         while self._pending:
             self._collect()
         self._push()
+        self._outbox.close()
 
     def _count_refusal(self, refusal: Refusal) -> None:
         self.refused += 1

@@ -60,14 +60,18 @@ class RateLog(L.Callback):
         waiting = ""
         if isinstance(datamodule, QueueDataModule) and datamodule.dataset is not None:
             waiting = f", {datamodule.dataset.size()} waiting"
+        p50_ms, p99_ms = writer.latency_ms(50, 99)
         log.info(
-            "rank %d: %d events, %d hits, %d peaks, %d refused, %.1f events/s%s",
+            "rank %d: %d events, %d hits, %d peaks, %d refused, %.1f events/s, "
+            "latency p50 %.0f ms, p99 %.0f ms%s",
             trainer.global_rank,
             writer.predicted,
             writer.hits,
             writer.peaks,
             writer.refused,
             rate_hz,
+            p50_ms,
+            p99_ms,
             waiting,
         )
 

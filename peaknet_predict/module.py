@@ -7,14 +7,17 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
-from peaknet_predict.peaks import find_peaks
-from peaknet_predict.preprocess import Preprocess, Transform
+from peaknet_predict.peaks import PeakTable, find_peaks
+from peaknet_predict.preprocess import Prepared, Preprocess, Transform
+from peaknet_predict.ring import Slot
 from peaknet_predict.types import EventBatch, PeakBatch, Refusal, Result
 
 log = logging.getLogger(__name__)
@@ -29,57 +32,48 @@ class PendingPeaks:
     def __init__(self, batch: EventBatch, refused: list[Refusal]) -> None:
         self._batch = batch
         self._refused = refused
-        self._class_map_NHW: Tensor | None = None
-        self._bad_pixels_B: Tensor | None = None
         self._preprocess: Preprocess | None = None
-        self._enqueued: torch.cuda.Event | None = None
+        self._is_done: Callable[[], bool] = lambda: True
+        self._find: Callable[[], tuple[PeakTable, list[int]]] | None = None
         self._result: PeakBatch | None = None
 
-    def _enqueue(self, class_map_NHW: Tensor, bad_pixels_B: Tensor, preprocess: Preprocess) -> None:
-        self._class_map_NHW = class_map_NHW
-        self._bad_pixels_B = bad_pixels_B
-        self._preprocess = preprocess
-        if class_map_NHW.is_cuda:
-            self._enqueued = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._enqueued.record()
+    def expect(
+        self,
+        preprocess: Preprocess,
+        find: Callable[[], tuple[PeakTable, list[int]]],
+        is_done: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Say where the result will come from: ``find`` returns peaks and bad pixels per event."""
+        self._preprocess, self._find, self._is_done = preprocess, find, is_done
 
     def done(self) -> bool:
         """Whether the device has finished this batch, so that `result` will not wait for it."""
-        if self._result is not None or self._enqueued is None:
-            return True
-        return bool(self._enqueued.query())  # type: ignore[no-untyped-call]
+        return self._result is not None or self._is_done()
 
     def result(self) -> PeakBatch:
         """Wait for this batch and return what became of each of its events."""
         if self._result is None:
-            self._result = self._finish()
-            # The slot's device memory goes back as soon as its result is on the host.
-            self._class_map_NHW = self._bad_pixels_B = self._preprocess = self._enqueued = None
+            self._result = PeakBatch(self._results(), self._refused)
+            self._find = None  # lets go of the device's buffers
         return self._result
 
-    def _finish(self) -> PeakBatch:
-        if self._class_map_NHW is None:
-            return PeakBatch([], self._refused)
-        assert self._bad_pixels_B is not None
-        assert self._preprocess is not None
-        with _stage("find_peaks"):
-            events = self._batch.events
-            _, *shape = self._batch.images_BPHW.shape
-            shape_PHW = (shape[0], shape[1], shape[2])
-            with _side_stream(self._class_map_NHW.device, self._enqueued):
-                panels = self._class_map_NHW.shape[0] // self._batch.images_BPHW.shape[0]
-                table = find_peaks(self._class_map_NHW)
-                bad_pixels = self._bad_pixels_B.tolist()
-            tables = table.split(panels, len(events))
-            results = []
-            for event, peaks, bad in zip(events, tables, bad_pixels, strict=False):
-                peaks, _ = self._preprocess.to_original(peaks, shape_PHW)
-                results.append(
-                    Result(
-                        event.id, event.image, peaks, event.photon_energy, int(bad), event.put_at
-                    )
-                )
-        return PeakBatch(results, self._refused)
+    def _results(self) -> list[Result]:
+        if self._find is None or self._preprocess is None:
+            return []
+        table, bad_pixels = self._find()
+        events = self._batch.events
+        _, panels, height, width = self._batch.images_BPHW.shape
+        shape_PHW = (panels, height, width)
+        prepared_panels = self._preprocess.output_shape(shape_PHW)[0]
+        results = []
+        for event, peaks, bad in zip(
+            events, table.split(prepared_panels, len(events)), bad_pixels, strict=False
+        ):
+            original, _ = self._preprocess.to_original(peaks, shape_PHW)
+            results.append(
+                Result(event.id, event.image, original, event.photon_energy, bad, event.put_at)
+            )
+        return results
 
 
 class PeakNetModule(L.LightningModule):
@@ -90,17 +84,19 @@ class PeakNetModule(L.LightningModule):
     net
         Maps images (N, 1, H, W) to logits (N, C, H, W); class 0 is background, every other class
         is peak. A network whose ``forward`` also takes ``valid_N1HW`` is told which pixels are
-        real: not padding, and neither NaN nor infinite.
+        real: not padding, and neither NaN nor infinite. A network with a method ``coarse_logits``
+        that returns logits (N, 2, H/s, W/s), and the attribute ``coarse_stride`` that gives s, is
+        spared the enlargement to full resolution on a GPU: the peak finder interpolates.
     preprocess
         Transforms of `peaknet_predict.preprocess`, in order.
     compile
-        Compile the network with `torch.compile`. Without ``warmup_shape`` that happens at the
-        first batch.
+        Compile preprocessing and network with `torch.compile`.
     num_overlap
         Batches under way at once; `predict_step` waits only when there would be more.
-    warmup_shape
-        (B, P, H, W) of the batches to come, before preprocessing: run once on zeros before the
-        first event is taken, so that no event waits for compilation.
+    warmup_shapes
+        (B, P, H, W) of the batches to come, before preprocessing, one for each size that batches
+        may have: run on zeros before the first event is taken, so that no event waits for
+        compilation. Other shapes are compiled when they first come.
     """
 
     def __init__(
@@ -108,8 +104,8 @@ class PeakNetModule(L.LightningModule):
         net: nn.Module,
         preprocess: list[Transform],
         compile: bool = False,
-        num_overlap: int = 2,
-        warmup_shape: tuple[int, int, int, int] | None = None,
+        num_overlap: int = 3,
+        warmup_shapes: list[tuple[int, int, int, int]] | None = None,
     ) -> None:
         super().__init__()
         if num_overlap < 1:
@@ -118,27 +114,40 @@ class PeakNetModule(L.LightningModule):
         self.preprocess = Preprocess(preprocess)
         self.compile_net = compile
         self.num_overlap = num_overlap
-        self.warmup_shape = warmup_shape
+        self.warmup_shapes = warmup_shapes or []
         self._takes_valid = "valid_N1HW" in inspect.signature(net.forward).parameters
         self._under_way: deque[PendingPeaks] = deque()
+        self._slots: deque[Slot] = deque()
         self._shapes_that_fit: set[tuple[int, ...]] = set()
+        # Functions, not modules: a module held twice would be saved under two names.
+        self._prepare: Callable[[Tensor], Prepared] = self.preprocess.forward
+        self._stride = 1
+        self._network: Callable[..., Tensor] = net.forward
 
     def on_predict_start(self) -> None:
-        """Compile, and warm up in the very context in which the loop runs."""
+        """Choose the path for the device, compile, and warm up in the context of the loop."""
+        if self.device.type == "cuda":
+            self._slots = deque(Slot(self.device) for _ in range(self.num_overlap))
+        self._choose_path()
+        with self.trainer.precision_plugin.predict_step_context():
+            for shape_BPHW in self.warmup_shapes:
+                # Made like the batches to come: the loop is in inference mode, the data are not,
+                # and compiled code tells the two apart.
+                with torch.inference_mode(False):
+                    zeros_BPHW = torch.zeros(shape_BPHW)
+                self.predict_step(EventBatch(zeros_BPHW, [], []), 0, warm_up=True)
+
+    def _choose_path(self) -> None:
+        coarse_stride = getattr(self.net, "coarse_stride", None)
+        if self.device.type == "cuda" and coarse_stride is not None:
+            self._stride = coarse_stride
+            self._network = cast(Callable[..., Tensor], self.net.coarse_logits)
+        else:
+            self._stride, self._network = 1, self.net.forward
+        self._prepare = self.preprocess.forward
         if self.compile_net:
-            # Compiles in place: the state dict keeps its names.
-            self.net.compile()
-        if self.warmup_shape is None:
-            return
-        started = time.monotonic()
-        context = self.trainer.precision_plugin.predict_step_context()
-        with context:
-            self._forward(torch.zeros(self.warmup_shape))
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        log.info(
-            "warm-up at batches of %s took %.1f s", self.warmup_shape, time.monotonic() - started
-        )
+            self._prepare = torch.compile(self._prepare, dynamic=False)
+            self._network = torch.compile(self._network, dynamic=False)
 
     def transfer_batch_to_device(
         self, batch: EventBatch, device: torch.device, dataloader_idx: int
@@ -146,7 +155,9 @@ class PeakNetModule(L.LightningModule):
         """Leave the batch alone: `predict_step` moves the pixels itself, without waiting."""
         return batch
 
-    def predict_step(self, batch: EventBatch, batch_idx: int) -> PendingPeaks:
+    def predict_step(
+        self, batch: EventBatch, batch_idx: int, warm_up: bool = False
+    ) -> PendingPeaks:
         """Enqueue one batch on the device and return a handle to its peaks.
 
         Events whose shape the preprocessing or the network cannot take are refused, each by name.
@@ -154,40 +165,78 @@ class PeakNetModule(L.LightningModule):
         while len(self._under_way) >= self.num_overlap:
             self._under_way.popleft().result()
         pending = PendingPeaks(batch, list(batch.refused))
-        if not batch.events:
+        if not batch.events and not warm_up:
             return pending
-        shape_PHW = tuple(batch.images_BPHW.shape[1:])
+        shape_BPHW = tuple(batch.images_BPHW.shape)
+        is_new = shape_BPHW not in self._shapes_that_fit
         try:
-            class_map_NHW, bad_pixels_B = self._forward(batch.images_BPHW)
+            with self._first_time(shape_BPHW) if is_new else contextlib.nullcontext():
+                self._enqueue(batch, pending)
+        except TorchDynamoException as error:
+            self._run_eagerly(error)
+            return self.predict_step(batch, batch_idx, warm_up)
         except ValueError as error:
-            if shape_PHW in self._shapes_that_fit:
+            if not is_new:
                 raise
+            pending = PendingPeaks(batch, list(batch.refused))
             pending._refused += [
                 Refusal(event.id, f"image of shape {event.image.shape} does not fit: {error}")
                 for event in batch.events
             ]
             return pending
-        self._shapes_that_fit.add(shape_PHW)
-        pending._enqueue(class_map_NHW, bad_pixels_B, self.preprocess)
+        self._shapes_that_fit.add(shape_BPHW)
         self._under_way.append(pending)
         return pending
 
-    def _forward(self, images_BPHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class map (N, H, W), uint8, 1 for peak, and bad pixels per event (B,)."""
+    def _enqueue(self, batch: EventBatch, pending: PendingPeaks) -> None:
+        if self.device.type != "cuda":
+            logits_NCHW, prepared = self._logits(batch.images_BPHW)
+            class_map_NHW = logits_NCHW.softmax(1).argmax(1)
+            is_peak_NHW = (class_map_NHW != 0) & prepared.valid_N1HW[:, 0]
+            bad_pixels = prepared.bad_pixels_B.tolist()
+            pending.expect(self.preprocess, lambda: (find_peaks(is_peak_NHW), bad_pixels))
+            return
+        slot = self._slots[0]
         with _stage("h2d"):
-            images_BPHW = images_BPHW.to(self.device, non_blocking=True)
+            images_BPHW = slot.upload(batch.images_BPHW)
+        logits_NCHW, prepared = self._logits(images_BPHW)
+        with _stage("peaks"):
+            slot.find(logits_NCHW, self._stride, prepared)
+        pending.expect(self.preprocess, slot.result, slot.done)
+        self._slots.rotate(-1)
+
+    def _logits(self, images_BPHW: Tensor) -> tuple[Tensor, Prepared]:
         with _stage("preprocess"):
-            prepared = self.preprocess(images_BPHW)
+            prepared = self._prepare(images_BPHW)
         with _stage("network"):
             images_N1HW = prepared.images_N1HW.to(self._input_dtype())
             if self._takes_valid:
-                logits_NCHW = self.net(images_N1HW, valid_N1HW=prepared.valid_N1HW)
-            else:
-                logits_NCHW = self.net(images_N1HW)
-        with _stage("class_map"):
-            class_map_NHW = logits_NCHW.softmax(1).argmax(1)
-            is_peak_NHW = (class_map_NHW != 0) & prepared.valid_N1HW[:, 0]
-        return is_peak_NHW.to(torch.uint8), prepared.bad_pixels_B
+                return self._network(images_N1HW, valid_N1HW=prepared.valid_N1HW), prepared
+            return self._network(images_N1HW), prepared
+
+    @contextlib.contextmanager
+    def _first_time(self, shape_BPHW: tuple[int, ...]) -> Iterator[None]:
+        """Show how long a new shape takes."""
+        started = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        log.info(
+            "first batch of shape %s took %.1f s%s",
+            shape_BPHW,
+            time.monotonic() - started,
+            ", compilation included" if self.compile_net else "",
+        )
+
+    def _run_eagerly(self, error: Exception) -> None:
+        """Do without compilation where it fails: slower, with the same answer."""
+        log.warning(
+            "the network does not compile and runs eagerly, which is slower: %s: %s",
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "no reason given",
+        )
+        self.compile_net = False
+        self._choose_path()
 
     def _input_dtype(self) -> torch.dtype:
         """Return the dtype of the network's own parameters (bf16-true, say), or float32."""
@@ -204,20 +253,3 @@ def _stage(name: str) -> Iterator[None]:
         return
     with torch.cuda.nvtx.range(name):
         yield
-
-
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
-    """Run what follows behind the event ``after`` and beside the batches enqueued since."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = _side_streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        if after is not None:
-            stream.wait_event(after)
-        yield
-        stream.synchronize()

@@ -346,12 +346,14 @@ class Preprocess(nn.Module):
         """
         peaks_M3 = np.asarray(peaks_M3, dtype=np.float64).reshape(-1, 3)
         input_shapes = self._shapes(input_shape_PHW)[:-1]
+        keep_M = np.ones(len(peaks_M3), dtype=np.bool_)
         for transform, shape_PHW in reversed(list(zip(self.transforms, input_shapes, strict=True))):
             assert isinstance(transform, Transform)
             peaks_M3 = transform.to_original(peaks_M3, shape_PHW)
-        # A pixel reaches half its size to each side of its centre.
-        upper_3 = np.array(input_shape_PHW) - 0.5
-        keep_M: npt.NDArray[np.bool_] = np.all((peaks_M3 >= -0.5) & (peaks_M3 < upper_3), axis=1)
+            # A pixel reaches half its size to each side of its centre. Checked at every step:
+            # beyond the border of one patch, `Patchify` would find pixels of the next.
+            upper_3 = np.array(shape_PHW) - 0.5
+            keep_M &= np.all((peaks_M3 >= -0.5) & (peaks_M3 < upper_3), axis=1)
         return peaks_M3[keep_M], keep_M
 
     def _shapes(self, shape_PHW: Shape) -> list[Shape]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -78,7 +79,7 @@ def predict(module: PeakNetModule, batches: list[EventBatch], **settings: Any) -
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[collect], **settings
     )
-    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer.predict(module, loader, return_predictions=False)
     return [pending.result() for pending in collect.pending]
 
@@ -179,7 +180,7 @@ def test_precision_is_the_trainers(precision: str, seen: torch.dtype) -> None:
 
 def test_compilation_and_warm_up_happen_before_the_first_batch() -> None:
     net = Plain()
-    module = PeakNetModule(net, chain(), compile=True, warmup_shape=(2, 2, 32, 40))
+    module = PeakNetModule(net, chain(), compile=True, warmup_shapes=[(2, 2, 32, 40)])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     events = [shot(i, [(1, 5, 5)]) for i in range(5)]
@@ -187,7 +188,9 @@ def test_compilation_and_warm_up_happen_before_the_first_batch() -> None:
     results = predict(module, batches)
     assert [r.id.idx for b in results for r in b.results] == [0, 1, 2, 3, 4]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 1, "the loop compiled again after the warm-up"
+    assert graphs == 2, (
+        "one for preprocessing, one for the network: the loop compiled again after the warm-up"
+    )
     assert list(net.state_dict()) == ["weight"]
 
 
@@ -199,3 +202,18 @@ def test_a_network_that_asks_for_the_mask_gets_it() -> None:
             return super().forward(images_N1HW)
 
     predict(PeakNetModule(Masked(), chain(Pad(48, 48))), [batch([shot(0, [])], 1)])
+
+
+def test_a_network_that_does_not_compile_runs_eagerly_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+    torch._dynamo.reset()
+    module = PeakNetModule(Plain(), chain(), compile=True, warmup_shapes=[(1, 2, 32, 40)])
+    (only,) = predict(module, [batch([shot(0, [(0, 5, 5)])], 1)])
+    assert only.results[0].peaks.tolist() == [[0.0, 5.0, 5.0]]
+    assert "does not compile and runs eagerly" in caplog.text

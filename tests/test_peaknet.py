@@ -142,3 +142,17 @@ def test_the_graph_is_whole() -> None:
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     images_N1HW = torch.randn(2, 1, 32, 64)
     torch.testing.assert_close(compiled(images_N1HW), net(images_N1HW))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coarse_logits_enlarged_are_the_logits(dtype: torch.dtype) -> None:
+    net = small_peaknet().to(dtype)
+    images_N1HW = golden()[0].to(dtype)
+    coarse_NCHW = net.coarse_logits(images_N1HW)
+    assert net.coarse_stride == 4
+    enlarged_NCHW = torch.nn.functional.interpolate(
+        coarse_NCHW.float(), scale_factor=4, mode="bilinear"
+    ).to(dtype)
+    assert torch.equal(enlarged_NCHW, net(images_N1HW))
+    assert tiny_peaknet(learned_upsample=True).coarse_stride is None

@@ -209,19 +209,26 @@ def test_the_graph_is_whole() -> None:
 
 @torch.inference_mode()
 def test_it_is_fast_without_a_gpu() -> None:
-    """About 60 ms a megapixel on two cores; the limit leaves room for a busy machine."""
+    """About 0.15 s of one core a megapixel; the limit leaves room for slower machines.
+
+    Processor time of one thread, which other programs on the machine hardly change.
+    """
     image = torch.randn(4, 1, 512, 512)
     net = LocalSnr()
-    net(image)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        net(image)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 1.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(4):
+            begin = time.process_time()
+            net(image)
+            times.append(time.process_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(times) < 0.8
 
 
-@pytest.mark.skipif(not SHOTS, reason="real CSPAD shots are not part of the repository")
+@pytest.mark.skipif(len(SHOTS) < 2, reason="the CSPAD shots are not beside the checkout")
 def test_real_shots() -> None:
     """Thermolysin on a CSPAD, counts of raw ADU: spots, no clusters on artefacts."""
     found_M3 = []

@@ -148,6 +148,43 @@ class PeakNet(nn.Module):
         ValueError
             If the input has another shape.
         """
+        summed_NCHW = self._summed_features(images_N1HW)
+        logits_NCHW = resize_bilinear(self.head_segmask(summed_NCHW), self.backbone.strides[0])
+        if self.head_upsample_layer is not None:
+            logits_NCHW = logits_NCHW + self.head_upsample_layer(summed_NCHW)
+        return logits_NCHW
+
+    @property
+    def coarse_stride(self) -> int | None:
+        """The s of `coarse_logits`; None if they do not determine the logits of `forward`."""
+        if self.head_upsample_layer is not None or self.head_segmask.out_channels != 2:
+            return None
+        return self.backbone.strides[0]
+
+    def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
+        """Classify at the resolution of the finest level, before the bilinear enlargement.
+
+        Parameters
+        ----------
+        images_N1HW
+            As for `forward`.
+
+        Returns
+        -------
+        Tensor
+            (N, 2, H/s, W/s) logits; `forward` returns their bilinear enlargement by s, which is
+            `coarse_stride`.
+
+        Raises
+        ------
+        ValueError
+            If the input has another shape.
+        """
+        logits_NCHW: Tensor = self.head_segmask(self._summed_features(images_N1HW))
+        return logits_NCHW
+
+    def _summed_features(self, images_N1HW: Tensor) -> Tensor:
+        """Return what the classifier sees: the pyramid's levels, enlarged and added."""
         self._check_shape(images_N1HW)
         features = self.backbone(images_N1HW)
         pyramid = self.bifpn(
@@ -155,14 +192,10 @@ class PeakNet(nn.Module):
         )
         laterals = [layer(x) for layer, x in zip(self.seg_lateral_layers, pyramid, strict=True)]
         # From coarse to fine, the order in which the reference adds: the last bits agree with it.
-        summed_NCHW = laterals[-1]
+        summed_NCHW: Tensor = laterals[-1]
         for lateral_NCHW in reversed(laterals[:-1]):
             summed_NCHW = summed_NCHW + lateral_NCHW
-
-        logits_NCHW = resize_bilinear(self.head_segmask(summed_NCHW), self.backbone.strides[0])
-        if self.head_upsample_layer is not None:
-            logits_NCHW = logits_NCHW + self.head_upsample_layer(summed_NCHW)
-        return logits_NCHW
+        return summed_NCHW
 
     def _check_shape(self, images_N1HW: Tensor) -> None:
         if images_N1HW.ndim != 4 or images_N1HW.shape[1] != 1:

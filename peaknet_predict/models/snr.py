@@ -37,7 +37,8 @@ _MIN_SIGMA_PER_QUANTUM = 0.45
 from normally distributed and two in one pixel are too common to be five sigmas."""
 
 _BLOCK = 16
-"""Pixels along each edge of the blocks over which the step of the counts is estimated."""
+"""Pixels along each edge of the blocks over which the step of the counts is estimated, and between
+the pixels that stand for the panel."""
 
 _MIN_LINE_PIXELS = 8
 """Background pixels that a row or column needs for a say."""
@@ -165,12 +166,17 @@ class LocalSnr(nn.Module):
         # First pass: the bounds beyond which a pixel is an outlier. A bright pixel may hide behind
         # another one of its box, but hardly on its row and column as well. A line, though, must not
         # be clipped to what lies beside it.
-        clipped = box.clip(x, *box.mean_and_sigma(x, floor), _CLIP)
+        box_mean, box_sigma = box.mean_and_sigma(x, floor)
+        typical = _panel_median(
+            box_sigma[..., ::_BLOCK, ::_BLOCK], box.usable[..., ::_BLOCK, ::_BLOCK]
+        )
+        clipped = box.clip(x, box_mean, box_sigma, _CLIP)
         line_values = []
         for line in lines:
-            moments = line.mean_and_sigma(x, floor)
-            clipped = line.clip(clipped, *moments, _CLIP)
-            line_values.append(line.clip(x, *moments, _CLIP))
+            mean, sigma = line.mean_and_sigma(x, floor)
+            # A line without a single photon must not make outliers of all photons.
+            clipped = line.clip(clipped, mean, torch.maximum(sigma, typical), _CLIP)
+            line_values.append(line.clip(x, mean, sigma, _CLIP))
 
         # Second pass.
         mean, sigma = box.mean_and_sigma(clipped, floor)
@@ -208,6 +214,11 @@ def _quantum(deviation: Tensor) -> Tensor:
     block = (min(_BLOCK, deviation.shape[2]), min(_BLOCK, deviation.shape[3]))
     powers = torch.cat([deviation.square(), deviation**3], dim=1)
     variance, third = F.avg_pool2d(powers, block).chunk(2, dim=1)
-    # Blocks without a usable pixel are 0 / 0 and take no part.
-    step = torch.nanquantile((third / variance).flatten(1), 0.5, dim=1)
-    return step.nan_to_num(0.0).clamp(min=0.0).view(-1, 1, 1, 1)
+    return _panel_median(third / variance, variance > 0).clamp(min=0.0)
+
+
+def _panel_median(values: Tensor, usable: Tensor) -> Tensor:
+    """Return the median of each panel's usable values, (N, 1, 1, 1); 0 where there is none."""
+    values = torch.where(usable, values, torch.nan)
+    median = torch.nanquantile(values.flatten(1), 0.5, dim=1)
+    return median.nan_to_num(0.0).view(-1, 1, 1, 1)

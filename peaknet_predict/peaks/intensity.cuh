@@ -28,6 +28,7 @@ struct Pixels {
 
 constexpr double kLargestDouble = 1.7976931348623157e308;
 constexpr u64 kSign = 0x8000000000000000ull;
+constexpr i64 kNotANumber = 0x7ff8000000000000ll;
 
 // An order of unsigned integers that is the order of the doubles; 0 is below all of them.
 __device__ inline u64 order_of(double value) {
@@ -89,6 +90,6 @@ __device__ inline void add_intensity(const Runs& runs, u32 total, const Table& t
             sum = scalbn(static_cast<double>(static_cast<i64>(read(table.at(3, rank)))), -places);
         }
         *table.at(3, rank) = __double_as_longlong(sum);
-        *table.at(4, rank) = __double_as_longlong(highest ? value_of(highest) : CUDART_NAN);
+        *table.at(4, rank) = highest ? __double_as_longlong(value_of(highest)) : kNotANumber;
     }
 }

@@ -66,6 +66,8 @@ template <> __device__ constexpr float certain_lead<f16>() {
     return 1.0f / (1 << 8);
 }
 
+constexpr float kLargestFloat = 3.402823466e38f;
+
 // `sum` of exp(logit - best) over all classes; the best class is not the background.
 template <typename T> __device__ bool beats_background(float best, float background, float sum) {
     return round_to<T>(1.0f / sum) > round_to<T>(expf(background - best) / sum);
@@ -75,7 +77,7 @@ template <typename T> __device__ bool is_peak(float background, float peak) {
     const float lead = peak - background;
     // NaN fails every comparison. An infinite logit makes softmax NaN in all classes, and argmax
     // gives class 0, whereas -inf for the background alone makes a certain peak.
-    if (!(lead > 0.0f) || peak == INFINITY) return false;
+    if (!(lead > 0.0f) || peak > kLargestFloat) return false;
     if (lead > certain_lead<T>()) return true;
     return beats_background<T>(peak, background, expf(background - peak) + 1.0f);
 }
@@ -124,10 +126,10 @@ struct Valid {
 template <typename T>
 __device__ bool is_peak_of_many(const T* logits, i64 stride_c, int classes) {
     const float background = widen(logits[0]);
-    float best = -INFINITY;
+    float best = widen(logits[stride_c]);
     for (int c = 1; c < classes; ++c) {
         const float logit = widen(logits[c * stride_c]);
-        if (!(logit < INFINITY)) return false;  // infinite or NaN: see is_peak
+        if (!(logit <= kLargestFloat)) return false;  // infinite or NaN: see is_peak
         best = fmaxf(best, logit);
     }
     const float lead = best - background;

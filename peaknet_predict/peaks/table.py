@@ -38,12 +38,18 @@ class PeakTable:
         origin, pixel centres on integers.
     num_pixels
         (M,) int64, how many pixels the component has.
+    intensity_sum, intensity_max
+        (M,) float64, sum and maximum over the component's pixels of the image that the finder was
+        given, in its units, without NaN and infinite pixels: 0 and NaN where there is no other.
+        None where the finder was given no image.
     """
 
     panel: npt.NDArray[np.int64]
     y: npt.NDArray[np.float64]
     x: npt.NDArray[np.float64]
     num_pixels: npt.NDArray[np.int64]
+    intensity_sum: npt.NDArray[np.float64] | None = None
+    intensity_max: npt.NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return int(self.panel.size)
