@@ -1,9 +1,9 @@
 """How much of the compiled network's speed is left end to end, and against the predecessor's loop.
 
-Prints one table; every ratio compares figures of this one run. Needs a CUDA GPU with some 20 GB and,
-for the Ray rows, about 30 GB of shared memory::
+Prints one table; every ratio compares figures of this one run. Needs a CUDA GPU with
+some 20 GB::
 
-    python -m benchmarks.pipeline [--windows 7] [--batches 20] [--ray]
+    python -m benchmarks.pipeline [--windows 7] [--batches 20] [--peaks 0 10 50 200]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import cupy
@@ -84,7 +85,7 @@ def make_module(planted: Tensor) -> PeakNetModule:
 def windows_of(moments: list[float], batches: int) -> list[float]:
     """Seconds per batch in each window of so many batches, the first window left out."""
     starts = moments[batches::batches]
-    return [(b - a) / batches for a, b in zip(starts, starts[1:], strict=False)]
+    return [(b - a) / batches for a, b in pairwise(starts)]
 
 
 def end_to_end(module: PeakNetModule, windows: int, batches: int) -> tuple[float, int]:
@@ -161,8 +162,7 @@ def main() -> None:
 
     rows: list[tuple[str, float, str]] = []
     module = make_module(planted_logits(EVENTS * PANELS, SIDE, SIDE, 50, seed=0))
-    planted = module.net.planted  # type: ignore[union-attr]
-    full = module.net.planted_full  # type: ignore[union-attr]
+    planted, full = module.net.get_buffer("planted"), module.net.get_buffer("planted_full")
     first, _ = end_to_end(module, 1, 5)  # compiles
     del first
     forward_s = 0.0

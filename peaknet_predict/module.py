@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Literal, cast
 
 import lightning as L
 import torch
@@ -85,8 +85,8 @@ class PeakNetModule(L.LightningModule):
         Maps images (N, 1, H, W) to logits (N, C, H, W); class 0 is background, every other class
         is peak. A network whose ``forward`` also takes ``valid_N1HW`` is told which pixels are
         real: not padding, and neither NaN nor infinite. A network with a method ``coarse_logits``
-        that returns logits (N, 2, H/s, W/s), and the attribute ``coarse_stride`` that gives s, is
-        spared the enlargement to full resolution on a GPU: the peak finder interpolates.
+        that returns logits (N, 2, H/4, W/4), and the attribute ``coarse_stride`` of 4, is spared
+        the bilinear enlargement to full resolution on a GPU: the peak finder interpolates.
     preprocess
         Transforms of `peaknet_predict.preprocess`, in order.
     compile
@@ -121,7 +121,7 @@ class PeakNetModule(L.LightningModule):
         self._shapes_that_fit: set[tuple[int, ...]] = set()
         # Functions, not modules: a module held twice would be saved under two names.
         self._prepare: Callable[[Tensor], Prepared] = self.preprocess.forward
-        self._stride = 1
+        self._stride: Literal[1, 4] = 1
         self._network: Callable[..., Tensor] = net.forward
 
     def on_predict_start(self) -> None:
@@ -138,9 +138,9 @@ class PeakNetModule(L.LightningModule):
                 self.predict_step(EventBatch(zeros_BPHW, [], []), 0, warm_up=True)
 
     def _choose_path(self) -> None:
-        coarse_stride = getattr(self.net, "coarse_stride", None)
-        if self.device.type == "cuda" and coarse_stride is not None:
-            self._stride = coarse_stride
+        # The peak finder interpolates by 4, the stride of ConvNeXt's stem, and by nothing else.
+        if self.device.type == "cuda" and getattr(self.net, "coarse_stride", None) == 4:
+            self._stride = 4
             self._network = cast(Callable[..., Tensor], self.net.coarse_logits)
         else:
             self._stride, self._network = 1, self.net.forward

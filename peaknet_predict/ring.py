@@ -6,7 +6,7 @@ of one batch, the network on the next and the peaks of a third never wait for ea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Slot:
         current.wait_event(self._copied)
         return self._images_BPHW
 
-    def find(self, logits_NCHW: Tensor, stride: int, prepared: Prepared) -> None:
+    def find(self, logits_NCHW: Tensor, stride: Literal[1, 4], prepared: Prepared) -> None:
         """Enqueue peak finding on logits at ``1 / stride`` of the resolution, and its way back."""
         from peaknet_predict.peaks.finder import PeakFinder
 

@@ -70,7 +70,7 @@ def test_shape_and_dtype_may_change_in_the_stream(address: QueueAddress) -> None
     assert shapes == [(2, 4, 4), (3, 4, 4), (1, 4, 4), (1, 4, 4), (1, 4, 4), (1, 4, 4)]
     assert [len(batch.events) for batch in got] == [2, 2, 2, 2, 4, 2], "byte order is no new dtype"
     assert got[4].images_BPHW.dtype == torch.int32
-    assert got[4].images_BPHW[:2].unique().tolist() == [4]
+    assert bool((got[4].images_BPHW[:2] == 4).all())
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,10 @@ def test_real_cspad_shots(
         np.testing.assert_array_equal(event.image, image)
         assert event.image.dtype == image.dtype
         assert 40 <= len(event.peaks) <= 400
-        y, x = event.peaks[:, 1], event.peaks[:, 2]
-        at_border = (y < 2) | (y > 182) | (x < 2) | (x > 385)
-        on_wide_columns = (x > 191.5) & (x < 195.5)
-        assert not at_border.any()
-        # Two of some 380 columns: a real peak may lie there, a line of them may not.
-        assert on_wide_columns.sum() <= 2
+        panel, y, x = event.peaks.T
+        # Bragg spots do lie on edges and on the double-width columns, one here and one there;
+        # artefacts are many on one of them.
+        for on_line in (y < 2, y > 182, x < 2, x > 385, (x > 191.5) & (x < 195.5)):
+            on_one_panel = np.bincount(panel[on_line].astype(int), minlength=32)
+            assert on_one_panel.max() <= 2
+            assert on_line.sum() <= 0.05 * len(event.peaks) + 2

@@ -159,7 +159,7 @@ class PeakNet(nn.Module):
         """The s of `coarse_logits`; None if they do not determine the logits of `forward`."""
         if self.head_upsample_layer is not None or self.head_segmask.out_channels != 2:
             return None
-        return self.backbone.strides[0]
+        return int(self.backbone.strides[0])
 
     def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
         """Classify at the resolution of the finest level, before the bilinear enlargement.

@@ -44,6 +44,10 @@ _MIN_LINE_PIXELS = 8
 """Background pixels that a row or column needs for a say."""
 
 
+_CPU_PANELS = 4
+"""Panels that are classified at once on a CPU."""
+
+
 class LocalSnr(nn.Module):
     """Class 1 where a pixel, or its neighbour, is significantly above the local background.
 
@@ -140,6 +144,17 @@ class LocalSnr(nn.Module):
         valid = torch.isfinite(images_N1HW)
         if valid_N1HW is not None:
             valid = valid & valid_N1HW
+        if images_N1HW.device.type != "cpu":
+            return self._classify(images_N1HW, valid)
+        # A few panels at a time: larger temporaries leave the cache, and the C library hands them
+        # back to the system after every operation (32 panels took seven times as long at once).
+        chunks = zip(
+            torch.split(images_N1HW, _CPU_PANELS), torch.split(valid, _CPU_PANELS), strict=True
+        )
+        return torch.cat([self._classify(images, mask) for images, mask in chunks])
+
+    def _classify(self, images_N1HW: Tensor, valid: Tensor) -> Tensor:
+        """Return the logits of float32 images, given the mask of their valid pixels."""
         weight = valid.float()
         x = torch.where(valid, images_N1HW, 0.0)
         # Squares of a large offset would leave no digits for the variance.
