@@ -70,7 +70,7 @@ def device_ms(
         end.record()
         finish()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(float(start.elapsed_time(end)))
     return statistics.median(times[5:])
 
 
@@ -110,28 +110,30 @@ class Bench:
         self.finder = PeakFinder(panels, side, side)
 
     def finder_ms(self, batches: list[Tensor], **options: Any) -> float:
-        pending: list[Any] = []
+        """Device time of `PeakFinder.enqueue` on logits or class maps."""
 
         def enqueue(k: int) -> None:
             name = "logits" if batches[0].ndim == 4 else "class_map"
-            pending.append(self.finder.enqueue(**{name: batches[k % len(batches)]}, **options))
+            arguments: dict[str, Any] = {name: batches[k % len(batches)], **options}
+            self.finder.enqueue(**arguments)
 
         def forget() -> None:
             # The table is not made: with noise, recovering peaks would take the time.
-            pending.pop()
             self.finder._pending = None
 
         return device_ms(enqueue, forget, self.repeats)
 
     def row(self, name: str, full: list[Tensor], low: list[Tensor], with_loop: bool) -> None:
+        """Time everything on the same images and print the medians."""
         pixels = torch.randint(0, 4000, (self.panels, self.side, self.side), device="cuda").short()
         valid = torch.ones_like(pixels, dtype=torch.bool)
         maps = [(logits.softmax(1).argmax(1) != 0).byte() for logits in full]
+        interleaved = [logits.contiguous(memory_format=torch.channels_last) for logits in full]
         peaks = self.finder.enqueue(class_map=maps[0])
         cells = [
             f"{len(peaks.table()) / self.panels:.1f}",
             f"{self.finder_ms(full):.4f}",
-            f"{self.finder_ms([x.contiguous(memory_format=torch.channels_last) for x in full]):.4f}",
+            f"{self.finder_ms(interleaved):.4f}",
             f"{self.finder_ms(full, valid=valid, pixels=pixels):.4f}",
             f"{self.finder_ms(low, upsampling=4):.4f}",
             f"{self.finder_ms(maps):.4f}",

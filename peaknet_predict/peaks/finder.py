@@ -18,32 +18,21 @@ panel for which the table has room.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from peaknet_predict.peaks.requests import Request
+from peaknet_predict.peaks.labeller import GEOMETRY, WITH_INTENSITY, Labeller
+from peaknet_predict.peaks.request import Request
 from peaknet_predict.peaks.table import PeakTable
 
 log = logging.getLogger(__name__)
 
-MAX_SIDE = 65535
-"""Most rows and columns of a panel: coordinates are kept in 16 bits."""
-
-THREADS_TO_PACK = 256
-THREADS_TO_LABEL = 1024  # kThreads of label.cu
-
-BYTES_PER_RUN = 10  # parent, begin, end, row: struct Runs of label.cu
-ROOM_BYTES = 64 * 2**20
-"""Most device memory for panels with too many runs; those that have no room of their own wait."""
-
 RECOVERY_BYTES = 256 * 2**20
 """Most device memory for the tables of panels with more than K peaks, at a time."""
-
-GEOMETRY, WITH_INTENSITY = 3, 5  # columns of the table
 
 
 class PendingTable:
@@ -83,7 +72,7 @@ class PeakFinder:
     max_panels
         Most panels of a batch (N).
     height, width
-        Size of a panel at full resolution, up to `MAX_SIDE` each.
+        Size of a panel at full resolution, up to 65535 each.
     max_peaks_per_panel
         K: how many peaks of a panel the table has room for. Panels with more are counted to the end
         and labelled again when the table is fetched.
@@ -104,42 +93,18 @@ class PeakFinder:
         device: torch.device | str | int = "cuda",
         max_runs: int | None = None,
     ) -> None:
-        # Imported here: CuPy may not be installed where peaks are found on the CPU.
-        from peaknet_predict.peaks import _kernels
-
         if min(max_panels, height, width, max_peaks_per_panel) < 1:
             raise ValueError("a finder needs at least one panel, row, column and peak")
-        if max(height, width) > MAX_SIDE:
-            raise ValueError(f"panels of {height} x {width} are larger than {MAX_SIDE} a side")
-        self.max_panels, self.height, self.width = max_panels, height, width
-        self.max_peaks_per_panel = max_peaks_per_panel
         self.device = torch.empty(0, device=device).device  # with its index
         if self.device.type != "cuda":
             raise ValueError(f"PeakFinder works on a CUDA device, not on {self.device}")
-        self._row_words = -(-width // 32)
-        if max_panels * height * self._row_words * 4 >= 2**32 - THREADS_TO_PACK:
-            raise ValueError(f"{max_panels} panels of {height} x {width} are too many at once")
+        self.max_panels, self.height, self.width = max_panels, height, width
+        self.max_peaks_per_panel = max_peaks_per_panel
+        self._labeller = Labeller(max_panels, height, width, self.device, max_runs)
 
-        self._cuda = _kernels
-        self._kernels = _kernels.load(self.device.index)
-        self._most_runs = height * ((width + 1) // 2)
-        self._row_bytes_shared = 4 * (height + 1)
-        fitting = (self._kernels.shared_bytes - self._row_bytes_shared) // BYTES_PER_RUN
-        if fitting < 1:
-            raise ValueError(f"{height} rows are too many for the shared memory of {self.device}")
-        wanted = fitting if max_runs is None else max(1, max_runs)
-        self._max_runs = min(fitting, wanted, self._most_runs)
-        room_words = self._most_runs + 3 * ((self._most_runs + 1) // 2)
-        self._rooms = min(max_panels, max(1, ROOM_BYTES // (4 * room_words)))
-        if self._max_runs == self._most_runs:
-            self._rooms = 0  # nothing can be too large
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        self._mask = zeros(max_panels, height, self._row_words, dtype=torch.int32)
-        self._room = zeros(self._rooms, room_words, dtype=torch.int32)
-        self._too_large = zeros(max_panels, dtype=torch.int32)
         self._largest = zeros(max_panels, max_peaks_per_panel)
         # Counts (int32, two a word), then the table: one piece of memory for one copy.
         self._count_words = (max_panels + 1) // 2
@@ -209,8 +174,8 @@ class PeakFinder:
         # Whatever stream the batch before was on, its copy was the last to use this memory.
         stream.wait_event(self._copied)
         if num_panels:
-            self._pack(request, stream)
-            self._label(
+            self._labeller.pack(request, stream)
+            self._labeller.label(
                 stream,
                 num_panels,
                 max_peaks=self.max_peaks_per_panel,
@@ -230,73 +195,6 @@ class PeakFinder:
             self._copied.record(self._copy_stream)
         self._pending = PendingTable(self, num_panels, pixels)
         return self._pending
-
-    def _pack(self, request: Request, stream: torch.cuda.Stream) -> None:
-        cuda, source, valid = self._cuda, request.source, request.valid
-        row_bytes = 4 * self._row_words
-        num_panels = source.shape[0]
-        arguments = [cuda.pointer(source), *map(cuda.i64, source.stride())]
-        rows = num_panels * self.height
-        if request.class_map is not None:
-            name = f"classes_{source.element_size()}_{cuda.layout_of(source)}"
-        elif request.upsampling == 4:
-            name = f"upsampled_{cuda.FLOATS[source.dtype]}"
-            rows //= 4  # a thread makes four rows
-        else:
-            name = f"logits_{cuda.FLOATS[source.dtype]}_{cuda.layout_of(source)}"
-            arguments.append(cuda.i32(source.shape[1]))
-        arguments += map(cuda.u32, (num_panels, self.height, self.width, row_bytes))
-        strides = (0, 0, 0) if valid is None else valid.stride()
-        arguments += [cuda.pointer(valid), *map(cuda.i64, strides), cuda.pointer(self._mask)]
-        blocks = -(-rows * row_bytes // THREADS_TO_PACK)
-        kernel = self._kernels.by_name[f"peaknet_pack_{name}"]
-        cuda.launch(kernel, blocks, THREADS_TO_PACK, arguments, stream)
-
-    def _label(
-        self,
-        stream: torch.cuda.Stream,
-        num_slots: int,
-        *,
-        max_peaks: int,
-        counts: Tensor,
-        table: Tensor,
-        largest: Tensor,
-        pixels_NHW: Tensor | None,
-        panel_of_slot: Tensor | None = None,
-    ) -> None:
-        """Label the panels of the mask, or those that `panel_of_slot` names, into slots."""
-        cuda = self._cuda
-
-        def arguments(max_runs: int) -> list[Any]:
-            pixel_dtype = 0 if pixels_NHW is None else cuda.PIXEL_DTYPES[pixels_NHW.dtype]
-            strides = (0, 0, 0) if pixels_NHW is None else pixels_NHW.stride()
-            return [
-                cuda.pointer(self._mask),
-                *map(cuda.u32, (self.height, self._row_words)),
-                cuda.pointer(panel_of_slot),
-                *map(cuda.u32, (max_peaks, max_runs)),
-                *map(cuda.pointer, (counts, table, largest, self._too_large, pixels_NHW)),
-                cuda.i32(pixel_dtype),
-                *map(cuda.i64, strides),
-            ]
-
-        shared_bytes = self._row_bytes_shared + BYTES_PER_RUN * self._max_runs
-        kernel = self._kernels.by_name["peaknet_label"]
-        cuda.launch(
-            kernel, num_slots, THREADS_TO_LABEL, arguments(self._max_runs), stream, shared_bytes
-        )
-        if not self._rooms:
-            return
-        kernel = self._kernels.by_name["peaknet_label_large"]
-        rest = [cuda.u32(num_slots), cuda.pointer(self._room)]
-        cuda.launch(
-            kernel,
-            min(num_slots, self._rooms),
-            THREADS_TO_LABEL,
-            arguments(self._most_runs) + rest,
-            stream,
-            self._row_bytes_shared,
-        )
 
     def _is_copied(self) -> bool:
         return bool(self._copied.query())  # type: ignore[no-untyped-call]
@@ -351,7 +249,7 @@ class PeakFinder:
                 table = torch.zeros(
                     (chunk.size, columns, capacity), dtype=torch.int64, device=self.device
                 )
-                self._label(
+                self._labeller.label(
                     stream,
                     chunk.size,
                     max_peaks=capacity,

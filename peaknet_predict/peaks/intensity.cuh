@@ -3,8 +3,8 @@
 // Floating-point sums depend on their order, and the order of threads is not fixed. So each
 // component gets a fixed point of its own: the largest magnitude M is found first, then values are
 // added as 64-bit integers in units of M 2^-62 or so, times the number of pixels. Integers of up to
-// 32 bits are exact, and so are floats as long as those of one component span fewer than 2^62 units:
-// raw counts do. Beyond, the error is below half a unit a pixel, less than float64's own.
+// 32 bits are exact, and so are floats as long as those of one component span fewer than 2^62
+// units: raw counts do. Beyond, the error is below half a unit a pixel, less than float64's own.
 
 struct Pixels {
     const void* base;
@@ -50,8 +50,9 @@ __device__ inline u64 read(const u64* sum) {
 }
 
 // NaN and infinite pixels are left out; a component of nothing else has the sum 0, the maximum NaN.
-__device__ inline void add_intensity(const Runs& runs, u32 total, const Table& table, u32 kept,
-                                     const Pixels& pixels) {
+template <bool kShared>
+__device__ inline void add_intensity(const Runs<kShared>& runs, u32 total, const Table& table,
+                                     u32 kept, const Pixels& pixels) {
     for (u32 run = threadIdx.x; run < total; run += kThreads) {
         const u32 rank = rank_of(runs, run);
         if (rank >= kept) continue;

@@ -3,9 +3,9 @@
 // One block labels one panel. It works on runs, maximal rows of set bits, instead of pixels (as in
 // He, Chao, Suzuki, "A run-based two-scan labeling algorithm", 2008, and on GPUs Hennequin,
 // Lacassagne et al., "A new direct connected component labeling and analysis algorithms for GPUs",
-// 2018), and joins them by a union-find whose links always point to the earlier run (Playne, Hawick,
-// "A new algorithm for parallel connected-component labelling on GPUs", 2018). A panel of a crystal
-// has a few hundred runs, so that everything fits in shared memory.
+// 2018), and joins them by a union-find whose links always point to the earlier run (Playne and
+// Hawick, "A new algorithm for parallel connected-component labelling on GPUs", 2018). A panel of a
+// crystal's pattern has a few hundred runs, so that everything fits in shared memory.
 //
 // 1. Runs are numbered in raster order by a scan over the words: no atomics decide on any number.
 // 2. Each run links to the first run that touches it in the row above, then trees are flattened.
@@ -14,7 +14,7 @@
 // 5. Integer sums go straight to row `rank` of the output. They commute: every repetition gives the
 //    same bits, whatever the schedule.
 //
-// Panels with more runs than fit raise a flag; `peaknet_label_large` does the same in global memory.
+// A panel with more runs than fit raises a flag: `peaknet_label_large` labels it in global memory.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -28,14 +28,34 @@ constexpr u32 kAll = 0xffffffffu;
 constexpr u32 kRanked = 0x80000000u;  // marks `parent` of a root once it holds the component's rank
 constexpr u32 kNoRank = 0xffffffffu;
 
-struct Runs {
-    // Read and written by many threads between barriers: volatile, so that no value goes stale in a
-    // register or in the L1 cache. Every value ever stored is an ancestor, so any of them will do.
-    volatile u32* parent;
+// Parents are read and written by many threads between barriers. Every value ever stored is an
+// ancestor, so any of them will do, but each access must be one indivisible one that the compiler
+// does not keep in a register. In shared memory that is volatile; in global memory volatile would
+// go to the L2 cache each time, whereas at the scope of a block (cta) the L1 cache may answer.
+template <bool kShared> struct Runs {
+    u32* parents;
     u16* begin;  // first and last pixel
     u16* end;
     u16* row;
     u32* row_start;  // [height + 1], the first run of each row
+
+    __device__ u32 parent(u32 run) const {
+        if (kShared) return *static_cast<volatile u32*>(parents + run);
+        u32 value;
+        asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(value) : "l"(parents + run) : "memory");
+        return value;
+    }
+    // Only an ancestor nearer to the root may replace a parent, hence one with a smaller number.
+    __device__ void lift(u32 run, u32 ancestor) const {
+        if (kShared) {
+            atomicMin(parents + run, ancestor);  // a plain store would be a race to the checkers
+        } else {
+            asm volatile("st.relaxed.cta.u32 [%0], %1;"
+                         :
+                         : "l"(parents + run), "r"(ancestor)
+                         : "memory");
+        }
+    }
 };
 
 struct Mask {
@@ -95,7 +115,9 @@ __device__ inline void share_of_warp(u32 count, u32* first, u32* last) {
 }
 
 // Returns the number of runs; stores them only if they fit.
-__device__ inline u32 find_runs(const Mask& mask, const Runs& runs, u32 max_runs, u32* scratch) {
+template <bool kShared>
+__device__ inline u32 find_runs(const Mask& mask, const Runs<kShared>& runs, u32 max_runs,
+                                u32* scratch) {
     u32 first, last;
     share_of_warp(mask.height * mask.row_words, &first, &last);
     u32 count = 0;
@@ -105,7 +127,9 @@ __device__ inline u32 find_runs(const Mask& mask, const Runs& runs, u32 max_runs
         const u32 word = at < last ? mask.words[at] : 0u;
         count += __popc(mask.starts(word, at));
     }
-    for (u32 distance = 16; distance; distance /= 2) count += __shfl_xor_sync(kAll, count, distance);
+    for (u32 distance = 16; distance; distance /= 2) {
+        count += __shfl_xor_sync(kAll, count, distance);
+    }
     u32 total;
     u32 before = exclusive_scan_of_warps(count, scratch, &total);
     if (total == 0 || total > max_runs) return total;
@@ -137,7 +161,8 @@ __device__ inline u32 find_runs(const Mask& mask, const Runs& runs, u32 max_runs
 
 // The first run of the row above that ends at or right of where `run` begins, less one; and `last`,
 // behind the row above. It touches `run` if it also begins in time: see `touches`.
-__device__ inline u32 first_above(const Runs& runs, u32 run, u32* last) {
+template <bool kShared>
+__device__ inline u32 first_above(const Runs<kShared>& runs, u32 run, u32* last) {
     const u32 y = runs.row[run];
     if (y == 0) return *last = 0;
     u32 low = runs.row_start[y - 1];
@@ -154,30 +179,34 @@ __device__ inline u32 first_above(const Runs& runs, u32 run, u32* last) {
     return low;
 }
 
-__device__ inline bool touches(const Runs& runs, u32 run, u32 above, u32 last) {
+template <bool kShared>
+__device__ inline bool touches(const Runs<kShared>& runs, u32 run, u32 above, u32 last) {
     return above < last && runs.begin[above] <= runs.end[run] + 1u;
 }
 
 // Only the thread of a run writes its parent here, and only an ancestor nearer to the root. Others
 // may walk over it meanwhile; the sooner they see it, the shorter their way.
-__device__ inline void flatten(const Runs& runs, u32 total) {
+template <bool kShared>
+__device__ inline void flatten(const Runs<kShared>& runs, u32 total) {
     __syncthreads();
     for (u32 run = threadIdx.x; run < total; run += kThreads) {
-        u32 up = runs.parent[run];
-        for (u32 next; (next = runs.parent[up]) != up; up = next) runs.parent[run] = next;
+        u32 up = runs.parent(run);
+        for (u32 next; (next = runs.parent(up)) != up; up = next) runs.lift(run, next);
     }
     __syncthreads();
 }
 
-__device__ inline u32 root_of(const Runs& runs, u32 run) {
-    for (u32 up; (up = runs.parent[run]) != run; run = up) {
+template <bool kShared>
+__device__ inline u32 root_of(const Runs<kShared>& runs, u32 run) {
+    for (u32 up; (up = runs.parent(run)) != run; run = up) {
     }
     return run;
 }
 
 // Hangs the later root below the earlier one. If another thread was faster and `a` is no longer a
 // root, what it hung below remains to be united with `b`.
-__device__ inline void unite(const Runs& runs, u32 a, u32 b) {
+template <bool kShared>
+__device__ inline void unite(const Runs<kShared>& runs, u32 a, u32 b) {
     while (true) {
         a = root_of(runs, a);
         b = root_of(runs, b);
@@ -187,17 +216,18 @@ __device__ inline void unite(const Runs& runs, u32 a, u32 b) {
             a = b;
             b = earlier;
         }
-        const u32 found = atomicMin(const_cast<u32*>(&runs.parent[a]), b);
+        const u32 found = atomicMin(runs.parents + a, b);
         if (found == a) return;
         a = found;
     }
 }
 
-__device__ inline void join_runs(const Runs& runs, u32 total) {
+template <bool kShared>
+__device__ inline void join_runs(const Runs<kShared>& runs, u32 total) {
     for (u32 run = threadIdx.x; run < total; run += kThreads) {
         u32 last;
         const u32 above = first_above(runs, run, &last);
-        runs.parent[run] = touches(runs, run, above, last) ? above : run;
+        runs.parents[run] = touches(runs, run, above, last) ? above : run;
     }
     // Without this a comb, whose teeth are long chains that one run joins, would take walks of
     // (number of teeth) x (length of a tooth) steps in one thread.
@@ -212,30 +242,32 @@ __device__ inline void join_runs(const Runs& runs, u32 total) {
 }
 
 // Replaces the parent of each root by the component's rank; returns the number of components.
-__device__ inline u32 rank_roots(const Runs& runs, u32 total, u32* scratch) {
+template <bool kShared>
+__device__ inline u32 rank_roots(const Runs<kShared>& runs, u32 total, u32* scratch) {
     u32 first, last;
     share_of_warp(total, &first, &last);
     u32 count = 0;
     for (u32 base = first; base < last; base += 32) {
         const u32 run = base + lane();
-        count += __popc(__ballot_sync(kAll, run < last && runs.parent[run] == run));
+        count += __popc(__ballot_sync(kAll, run < last && runs.parent(run) == run));
     }
     u32 components;
     u32 rank = exclusive_scan_of_warps(count, scratch, &components);
     for (u32 base = first; base < last; base += 32) {
         const u32 run = base + lane();
-        const bool is_root = run < last && runs.parent[run] == run;
+        const bool is_root = run < last && runs.parent(run) == run;
         const u32 roots = __ballot_sync(kAll, is_root);
-        if (is_root) runs.parent[run] = kRanked | (rank + __popc(roots & ((1u << lane()) - 1)));
+        if (is_root) runs.parents[run] = kRanked | (rank + __popc(roots & ((1u << lane()) - 1)));
         rank += __popc(roots);
     }
     __syncthreads();
     return components;
 }
 
-__device__ inline u32 rank_of(const Runs& runs, u32 run) {
-    u32 up = runs.parent[run];
-    if (!(up & kRanked)) up = runs.parent[up];
+template <bool kShared>
+__device__ inline u32 rank_of(const Runs<kShared>& runs, u32 run) {
+    u32 up = runs.parent(run);
+    if (!(up & kRanked)) up = runs.parent(up);
     return up & ~kRanked;
 }
 
@@ -243,7 +275,8 @@ __device__ inline u32 rank_of(const Runs& runs, u32 run) {
 
 // A thread's consecutive runs often belong to one component where it matters, in noise that
 // percolates: it adds them up first and touches memory when the component changes.
-__device__ inline void add_geometry(const Runs& runs, u32 total, const Table& table) {
+template <bool kShared>
+__device__ inline void add_geometry(const Runs<kShared>& runs, u32 total, const Table& table) {
     u32 rank = kNoRank;
     u64 num_pixels = 0, sum_y = 0, sum_x = 0;
     for (u32 run = threadIdx.x;; run += kThreads) {
@@ -266,7 +299,8 @@ __device__ inline void add_geometry(const Runs& runs, u32 total, const Table& ta
 }
 
 // Returns whether the runs fitted; if not, nothing was written.
-__device__ inline bool label_panel(const Mask& mask, const Runs& runs, u32 max_runs,
+template <bool kShared>
+__device__ inline bool label_panel(const Mask& mask, const Runs<kShared>& runs, u32 max_runs,
                                    const Table& table, const Pixels& pixels, int* count) {
     __shared__ u32 scratch[kWarps];
     const u32 total = find_runs(mask, runs, max_runs, scratch);
@@ -279,8 +313,9 @@ __device__ inline bool label_panel(const Mask& mask, const Runs& runs, u32 max_r
     const u32 components = rank_roots(runs, total, scratch);
     if (threadIdx.x == 0) *count = components;  // the true number, also above the capacity
     const u32 kept = min(components, table.capacity);
+    const u32 columns = pixels.base ? 5 : 3;
     for (u32 rank = threadIdx.x; rank < kept; rank += kThreads) {
-        for (u32 column = 0; column < (pixels.base ? 5u : 3u); ++column) *table.at(column, rank) = 0;
+        for (u32 column = 0; column < columns; ++column) *table.at(column, rank) = 0;
         if (pixels.base) table.largest[rank] = 0;
     }
     __syncthreads();
@@ -304,7 +339,8 @@ __device__ inline bool label_panel(const Mask& mask, const Runs& runs, u32 max_r
 extern "C" __global__ void __launch_bounds__(kThreads, 1) peaknet_label(PARAMETERS) {
     extern __shared__ u32 memory[];
     u16* const halves = reinterpret_cast<u16*>(memory + height + 1 + max_runs);
-    const Runs runs = {memory + height + 1, halves, halves + max_runs, halves + 2 * max_runs, memory};
+    const Runs<true> runs = {memory + height + 1, halves, halves + max_runs, halves + 2 * max_runs,
+                             memory};
     const u32 slot = blockIdx.x;
     const i64 panel = panel_of ? panel_of[slot] : slot;
     const bool fitted = LABEL(slot);
@@ -316,9 +352,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) peaknet_label(PARAMETE
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     peaknet_label_large(PARAMETERS, u32 slots, u32* room) {
     extern __shared__ u32 memory[];
-    u32* const parent = room + static_cast<u64>(blockIdx.x) * (max_runs + 3 * ((max_runs + 1) / 2));
-    u16* const halves = reinterpret_cast<u16*>(parent + max_runs);
-    const Runs runs = {parent, halves, halves + max_runs, halves + 2 * max_runs, memory};
+    const u64 words = max_runs + 3 * ((max_runs + 1) / 2);
+    u32* const parents = room + blockIdx.x * words;
+    u16* const halves = reinterpret_cast<u16*>(parents + max_runs);
+    const Runs<false> runs = {parents, halves, halves + max_runs, halves + 2 * max_runs, memory};
     for (u32 slot = blockIdx.x; slot < slots; slot += gridDim.x) {
         if (!too_large[slot]) continue;
         const i64 panel = panel_of ? panel_of[slot] : slot;

@@ -1,8 +1,8 @@
 // From what a network gives to one bit per pixel: is this pixel part of a peak?
 //
 // A bit mask is 1/64 of float32 logits and is all that the labelling reads; a panel of 512 x 512
-// pixels takes 32 KiB. Rows are padded with zeros to whole 32-bit words. Bit i of byte j of a row is
-// pixel x = 8 j + i, so that a word holds its 32 pixels with the leftmost in the lowest bit.
+// pixels takes 32 KiB. Rows are padded with zeros to whole 32-bit words. Bit i of byte j of a row
+// is pixel x = 8 j + i, so that a word holds its 32 pixels with the leftmost in the lowest bit.
 //
 // Every thread makes whole bytes and no thread needs another: no warp primitives, no shared memory.
 
@@ -47,24 +47,49 @@ template <> __device__ inline float round_to<f16>(float value) {
     return widen(narrow);
 }
 
+// Two logits of a pixel, as torch has stored them: one instruction for both where there is one.
+template <typename T> __device__ inline void round_both(float& a, float& b) {
+    a = round_to<T>(a);
+    b = round_to<T>(b);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <> __device__ inline void round_both<bf16>(float& a, float& b) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    a = __uint_as_float(both << 16);
+    b = __uint_as_float(both & 0xffff0000u);
+}
+#endif
+
 // The class map is defined as logits.softmax(1).argmax(1) != 0, computed in the dtype T of the
-// logits. Two probabilities that round to the same T tie, and argmax gives a tie to the lower index,
-// the background. So a peak needs more than the larger logit: for two classes in bfloat16 the lead
-// must exceed 2^-8, in float16 2^-11, in float32 about 2^-25.
+// logits. Two probabilities that round to the same T tie, and argmax gives a tie to the lower
+// index, the background. So a peak needs more than the larger logit. Of two classes that are `lead`
+// apart the background has the probability 1/2 - lead/4 + ..., and it parts from 1/2 by rounding
+// where lead/4 exceeds half a step of T below 1/2: beyond a lead of 2^-8 in bfloat16, 2^-11 in
+// float16.
 //
-// Probabilities whose ratio exp(lead) is beyond one step of T cannot round to the same value. Below
-// `certain_lead`, several such steps, the softmax is carried out to the letter, as torch's CUDA
-// kernel does: float32 exponentials added up in the order of the classes, one division, one rounding.
-template <typename T> __device__ constexpr float certain_lead();
-template <> __device__ constexpr float certain_lead<float>() {
-    return 1.0f / (1 << 19);
-}
-template <> __device__ constexpr float certain_lead<bf16>() {
-    return 1.0f / (1 << 5);
-}
-template <> __device__ constexpr float certain_lead<f16>() {
-    return 1.0f / (1 << 8);
-}
+// That border is only as sharp as the float32 arithmetic of the softmax. Near it, and for float32
+// itself, the softmax is carried out to the letter as torch's CUDA kernel does: exponentials in
+// float32, added up in the order of the classes, one division, one rounding to T.
+//
+// kTied, kApart: up to and beyond which lead two classes surely tie and surely do not.
+// kApartOfMany: the same beyond for any number of classes: exp(lead) is several steps of T above 1.
+template <typename T> struct Rule;
+template <> struct Rule<bf16> {
+    static constexpr float kTied = (1.0f - 1.0f / 64) / (1 << 8);
+    static constexpr float kApart = (1.0f + 1.0f / 64) / (1 << 8);
+    static constexpr float kApartOfMany = 1.0f / (1 << 5);
+};
+template <> struct Rule<f16> {
+    static constexpr float kTied = (1.0f - 1.0f / 64) / (1 << 11);
+    static constexpr float kApart = (1.0f + 1.0f / 64) / (1 << 11);
+    static constexpr float kApartOfMany = 1.0f / (1 << 8);
+};
+template <> struct Rule<float> {
+    static constexpr float kTied = 0.0f;
+    static constexpr float kApart = 1.0f / (1 << 19);
+    static constexpr float kApartOfMany = kApart;
+};
 
 constexpr float kLargestFloat = 3.402823466e38f;
 
@@ -77,8 +102,8 @@ template <typename T> __device__ bool is_peak(float background, float peak) {
     const float lead = peak - background;
     // NaN fails every comparison. An infinite logit makes softmax NaN in all classes, and argmax
     // gives class 0, whereas -inf for the background alone makes a certain peak.
-    if (!(lead > 0.0f) || peak > kLargestFloat) return false;
-    if (lead > certain_lead<T>()) return true;
+    if (!(lead > Rule<T>::kTied) || peak > kLargestFloat) return false;
+    if (lead > Rule<T>::kApart) return true;
     return beats_background<T>(peak, background, expf(background - peak) + 1.0f);
 }
 
@@ -134,7 +159,7 @@ __device__ bool is_peak_of_many(const T* logits, i64 stride_c, int classes) {
     }
     const float lead = best - background;
     if (!(lead > 0.0f)) return false;
-    if (lead > certain_lead<T>()) return true;
+    if (lead > Rule<T>::kApartOfMany) return true;
     float sum = 0.0f;
     for (int c = 0; c < classes; ++c) sum += expf(widen(logits[c * stride_c]) - best);
     return beats_background<T>(best, background, sum);
@@ -211,6 +236,11 @@ __device__ inline void widen_row(const float (&cells)[4], bool at_left, float (&
     pixels[7] = lerp(cells[2], cells[3], 0.375f);
 }
 
+// The cell before `next`, or the nearest one there is.
+__device__ inline int inside(u32 next, u32 cells) {
+    return min(max(static_cast<int>(next) - 1, 0), static_cast<int>(cells) - 1);
+}
+
 // A thread makes one byte of each of four rows: two cells of the low resolution.
 template <typename T>
 __device__ void pack_upsampled(const T* logits, i64 stride_n, i64 stride_c, i64 stride_h,
@@ -224,11 +254,10 @@ __device__ void pack_upsampled(const T* logits, i64 stride_n, i64 stride_c, i64 
     if (at.byte * 2 < cells_wide) {
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
-            const int y = min(max(static_cast<int>(at.y) + dy - 1, 0), static_cast<int>(cells_high) - 1);
+            const int y = inside(at.y + dy, cells_high);
 #pragma unroll
             for (int dx = 0; dx < 4; ++dx) {
-                const int x =
-                    min(max(static_cast<int>(at.byte) * 2 + dx - 1, 0), static_cast<int>(cells_wide) - 1);
+                const int x = inside(at.byte * 2 + dx, cells_wide);
                 const T* cell = logits + at.panel * stride_n + y * stride_h + x * stride_w;
                 cells[0][dy][dx] = widen(cell[0]);
                 cells[1][dy][dx] = widen(cell[stride_c]);
@@ -247,7 +276,7 @@ __device__ void pack_upsampled(const T* logits, i64 stride_n, i64 stride_c, i64 
         }
         const bool at_top = at.y == 0;  // as at the left
         const float weights[4] = {at_top ? 0.0f : 0.625f, at_top ? 0.0f : 0.875f, 0.125f, 0.375f};
-        const u32 inside = min(8u, 4 * (cells_wide - at.byte * 2));
+        const u32 width = min(8u, 4 * (cells_wide - at.byte * 2));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -257,11 +286,12 @@ __device__ void pack_upsampled(const T* logits, i64 stride_n, i64 stride_c, i64 
                 for (int c = 0; c < 2; ++c) {
                     const float upper = i < 2 && !at_top ? rows[c][0][x] : rows[c][1][x];
                     const float lower = i < 2 && !at_top ? rows[c][1][x] : rows[c][2][x];
-                    logit[c] = round_to<T>(lerp(upper, lower, weights[i]));
+                    logit[c] = lerp(upper, lower, weights[i]);
                 }
+                round_both<T>(logit[0], logit[1]);
                 bits[i] |= is_peak<T>(logit[0], logit[1]) << x;
             }
-            bits[i] &= (1u << inside) - 1;
+            bits[i] &= (1u << width) - 1;
         }
     }
 #pragma unroll
@@ -298,7 +328,8 @@ LOGITS(peaknet_pack_logits_float32_strided, float, kStrided)
 #define UPSAMPLED(NAME, T)                                                                       \
     extern "C" __global__ void __launch_bounds__(256)                                            \
         NAME(const T* logits, i64 n, i64 c, i64 h, i64 w, MASK) {                                \
-        pack_upsampled<T>(logits, n, c, h, w, panels, height / 4, width / 4, row_bytes, VALID, mask); \
+        pack_upsampled<T>(logits, n, c, h, w, panels, height / 4, width / 4, row_bytes, VALID,   \
+                          mask);                                                                 \
     }
 UPSAMPLED(peaknet_pack_upsampled_bfloat16, bf16)
 UPSAMPLED(peaknet_pack_upsampled_float16, f16)

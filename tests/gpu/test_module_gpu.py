@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -165,15 +166,16 @@ def test_a_steady_state_step_never_waits() -> None:
     assert [r.id.idx for p in collect.pending for r in p.result().results] == list(range(48))
 
 
-def test_memory_is_flat() -> None:
-    batches = make_batches([4] * 4, 4, (3, 185, 250)) * 100
-    collect_nothing = module(Steps(True), num_overlap=3)
-    used: list[int] = []
+def test_memory_is_flat_over_ten_thousand_batches() -> None:
+    batches = make_batches([2] * 4, 2, (2, 60, 60)) * 2500
+    on_device: list[int] = []
+    on_host_kb: list[int] = []
 
     class Watch(L.Callback):
         def on_predict_batch_end(self, *args: Any) -> None:
-            if args[4] % 100 == 99:
-                used.append(torch.cuda.memory_allocated())
+            if args[4] % 1000 == 999:
+                on_device.append(torch.cuda.memory_allocated())
+                on_host_kb.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4)
 
     trainer = L.Trainer(
         accelerator="gpu",
@@ -184,5 +186,10 @@ def test_memory_is_flat() -> None:
         limit_predict_batches=10**9,
     )
     loader = DataLoader(Batches(batches), batch_size=None)
-    trainer.predict(collect_nothing, loader, return_predictions=False)
-    assert len(set(used)) == 1, used
+    net = PeakNetModule(
+        Steps(True), [Pad(64, 64), InstanceNorm(), MergeBatchChannelDims()], num_overlap=3
+    )
+    trainer.predict(net, loader, return_predictions=False)
+    assert len(on_device) == 10
+    assert len(set(on_device)) == 1, on_device
+    assert on_host_kb[-1] - on_host_kb[1] < 20_000, on_host_kb

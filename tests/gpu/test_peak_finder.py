@@ -92,7 +92,7 @@ def spiral(side: int) -> Mask:
 
 def mask_of(finder: PeakFinder, num_panels: int) -> Tensor:
     """Return the finder's own bit mask as bool, to compare millions of pixels with torch."""
-    bits = finder._mask[:num_panels, :, :, None] >> torch.arange(32, device="cuda") & 1
+    bits = finder._labeller.mask_NHW[:num_panels, :, :, None] >> torch.arange(32, device="cuda") & 1
     return bits.flatten(2)[:, :, : finder.width].bool()
 
 
@@ -401,7 +401,7 @@ def test_rejects_what_it_cannot_take() -> None:
     finder = PeakFinder(2, 8, 6)
     class_map = torch.zeros((2, 8, 6), dtype=torch.uint8, device="cuda")
     logits = torch.zeros((2, 2, 8, 6), device="cuda")
-    for error, match, arguments in [
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TypeError, "one of them", {}),
         (TypeError, "one of them", {"class_map": class_map, "logits": logits}),
         (TypeError, "pass logits as logits", {"class_map": logits[:, 0]}),
@@ -414,11 +414,14 @@ def test_rejects_what_it_cannot_take() -> None:
         (TypeError, "valid", {"class_map": class_map, "valid": class_map.int()}),
         (TypeError, "pixels", {"class_map": class_map, "pixels": class_map.long()}),
         (ValueError, "cpu", {"class_map": class_map.cpu()}),
-    ]:
-        arguments_of_any_type: dict[str, Any] = arguments
+    ]
+    for error, match, arguments in wrong:
         with pytest.raises(error, match=match):
-            finder.enqueue(**arguments_of_any_type)
+            finder.enqueue(**arguments)
     assert len(finder.enqueue(class_map=class_map).table()) == 0
-    for arguments in ({"height": 0}, {"height": 70000}, {"device": "cpu"}):
-        with pytest.raises(ValueError, match=r"at least|larger|CUDA"):
-            PeakFinder(**{"max_panels": 1, "height": 8, "width": 8, **arguments})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one"):
+        PeakFinder(1, 0, 8)
+    with pytest.raises(ValueError, match="larger"):
+        PeakFinder(1, 8, 70000)
+    with pytest.raises(ValueError, match="CUDA"):
+        PeakFinder(1, 8, 8, device="cpu")

@@ -1,0 +1,157 @@
+"""The device's side of `PeakFinder`: its memory there, and the kernels of a batch in order.
+
+Shape legend: N panels of a batch, H rows and W columns of a panel, K peaks of a panel for which a
+table has room.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peaknet_predict.peaks.request import Request
+
+MAX_SIDE = 65535
+"""Most rows and columns of a panel: coordinates are kept in 16 bits."""
+
+THREADS_TO_PACK = 256
+THREADS_TO_LABEL = 1024  # kThreads of label.cu
+
+BYTES_PER_RUN = 10  # parent, begin, end, row: struct Runs of label.cu
+
+ROOM_BYTES = 192 * 2**20
+"""Most device memory for panels with too many runs; a panel without room of its own waits for one.
+
+Enough for 128 panels of 512 x 512 at once: in white noise all of them need it.
+"""
+
+GEOMETRY, WITH_INTENSITY = 3, 5
+"""Columns of a table: num_pixels, sum_y, sum_x; then intensity_sum and intensity_max."""
+
+
+class Labeller:
+    """Bit masks of a batch of panels, and room to label them; see `PeakFinder` for parameters."""
+
+    def __init__(
+        self, max_panels: int, height: int, width: int, device: torch.device, max_runs: int | None
+    ) -> None:
+        # Imported here: CuPy may not be installed where peaks are found on the CPU.
+        from peaknet_predict.peaks import _kernels
+
+        self._cuda = _kernels
+        self._kernels = _kernels.load(device.index)
+        self.height, self.width = height, width
+        self._row_words = -(-width // 32)
+        if max(height, width) > MAX_SIDE:
+            raise ValueError(f"panels of {height} x {width} are larger than {MAX_SIDE} a side")
+        if max_panels * height * self._row_words * 4 >= 2**32 - THREADS_TO_PACK:
+            raise ValueError(f"{max_panels} panels of {height} x {width} are too many at once")
+
+        self._row_start_bytes = 4 * (height + 1)
+        fitting = (self._kernels.shared_bytes - self._row_start_bytes) // BYTES_PER_RUN
+        if fitting < 1:
+            raise ValueError(f"{height} rows are too many for the shared memory of {device}")
+        self._most_runs = height * ((width + 1) // 2)
+        wanted = fitting if max_runs is None else max(1, max_runs)
+        self._max_runs = min(fitting, wanted, self._most_runs)
+        room_words = self._most_runs + 3 * ((self._most_runs + 1) // 2)
+        self._rooms = min(max_panels, max(1, ROOM_BYTES // (4 * room_words)))
+        if self._max_runs == self._most_runs:
+            self._rooms = 0  # no panel can have too many
+
+        def memory(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.mask_NHW = memory(max_panels, height, self._row_words)  # 32 pixels a word
+        self._room = memory(self._rooms, room_words)
+        self._too_large_N = memory(max_panels)
+
+    def pack(self, request: Request, stream: torch.cuda.Stream) -> None:
+        """Enqueue what makes the mask."""
+        cuda, source, valid = self._cuda, request.source, request.valid
+        row_bytes = 4 * self._row_words
+        num_panels = source.shape[0]
+        arguments = [cuda.pointer(source), *map(cuda.i64, source.stride())]
+        rows = num_panels * self.height
+        if request.class_map is not None:
+            name = f"classes_{source.element_size()}_{cuda.layout_of(source)}"
+        elif request.upsampling == 4:
+            name = f"upsampled_{cuda.FLOATS[source.dtype]}"
+            rows //= 4  # a thread makes four rows
+        else:
+            name = f"logits_{cuda.FLOATS[source.dtype]}_{cuda.layout_of(source)}"
+            arguments.append(cuda.i32(source.shape[1]))
+        arguments += map(cuda.u32, (num_panels, self.height, self.width, row_bytes))
+        strides = (0, 0, 0) if valid is None else valid.stride()
+        arguments += [cuda.pointer(valid), *map(cuda.i64, strides), cuda.pointer(self.mask_NHW)]
+        blocks = -(-rows * row_bytes // THREADS_TO_PACK)
+        kernel = self._kernels.by_name[f"peaknet_pack_{name}"]
+        cuda.launch(kernel, blocks, THREADS_TO_PACK, arguments, stream)
+
+    def label(
+        self,
+        stream: torch.cuda.Stream,
+        num_slots: int,
+        *,
+        max_peaks: int,
+        counts: Tensor,
+        table: Tensor,
+        largest: Tensor,
+        pixels_NHW: Tensor | None,
+        panel_of_slot: Tensor | None = None,
+    ) -> None:
+        """Enqueue what makes the table of the mask's panels.
+
+        Parameters
+        ----------
+        stream
+            Where to enqueue it.
+        num_slots, panel_of_slot
+            How many panels to label into as many slots, and (int32) which; by default all in order.
+        max_peaks
+            K: how many peaks a slot has room for.
+        counts
+            Memory for one int32 a slot: gets the true number of peaks.
+        table
+            Memory for (slots, columns, K) int64: gets the columns of `GEOMETRY`, or those of
+            `WITH_INTENSITY` if there are pixels, the last two as the bits of float64. Rows beyond
+            the number of peaks are left as they are.
+        largest
+            Scratch memory for (slots, K) int64.
+        pixels_NHW
+            Raw pixels or None.
+        """
+        cuda = self._cuda
+
+        def arguments(max_runs: int) -> list[Any]:
+            pixel_dtype = 0 if pixels_NHW is None else cuda.PIXEL_DTYPES[pixels_NHW.dtype]
+            strides = (0, 0, 0) if pixels_NHW is None else pixels_NHW.stride()
+            return [
+                cuda.pointer(self.mask_NHW),
+                *map(cuda.u32, (self.height, self._row_words)),
+                cuda.pointer(panel_of_slot),
+                *map(cuda.u32, (max_peaks, max_runs)),
+                *map(cuda.pointer, (counts, table, largest, self._too_large_N, pixels_NHW)),
+                cuda.i32(pixel_dtype),
+                *map(cuda.i64, strides),
+            ]
+
+        cuda.launch(
+            self._kernels.by_name["peaknet_label"],
+            num_slots,
+            THREADS_TO_LABEL,
+            arguments(self._max_runs),
+            stream,
+            self._row_start_bytes + BYTES_PER_RUN * self._max_runs,
+        )
+        if self._rooms:
+            cuda.launch(
+                self._kernels.by_name["peaknet_label_large"],
+                min(num_slots, self._rooms),
+                THREADS_TO_LABEL,
+                [*arguments(self._most_runs), cuda.u32(num_slots), cuda.pointer(self._room)],
+                stream,
+                self._row_start_bytes,
+            )
