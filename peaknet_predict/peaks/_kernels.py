@@ -1,7 +1,7 @@
 """The CUDA kernels of `PeakFinder`: compiled for a device once in a process, and launched.
 
 `pack.cu` makes bit masks of what a network gives, `label.cu` finds the components of bit masks.
-This module and `labels_cupy` are the only ones that import CuPy.
+This module is the only one that imports CuPy.
 """
 
 from __future__ import annotations

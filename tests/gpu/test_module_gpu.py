@@ -73,8 +73,9 @@ def make_batches(
         for row in range(size):
             image = random.poisson(3.0, shape).astype(dtype)
             for _ in range(20):
-                panel, y, x = (int(random.integers(1, n - 2)) for n in shape)
-                image[panel % shape[0], y - 1 : y + 2, x - 1 : x + 2] += 60
+                panel, y, x = (int(random.integers(0, n)) for n in (shape[0], 1000, 1000))
+                y, x = 1 + y % (shape[1] - 2), 1 + x % (shape[2] - 2)
+                image[panel, y - 1 : y + 2, x - 1 : x + 2] += 60
             if image.dtype.kind == "f":
                 image[0, 0, : row % 4] = np.nan
             images[row] = torch.from_numpy(image)

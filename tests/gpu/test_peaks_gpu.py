@@ -100,9 +100,3 @@ def test_waits_for_the_stream_that_writes_the_map(rng: np.random.Generator) -> N
         class_map.copy_(on_device)
         found = find_peaks(class_map)
     assert_same(found, find_peaks_reference(expected.numpy()))
-
-
-def test_too_many_pixels_are_refused() -> None:
-    one = torch.zeros((1, 1, 1), dtype=torch.bool, device="cuda")
-    with pytest.raises(ValueError, match="smaller batch"):
-        find_peaks(one.expand(2**15, 2**8, 2**8))
