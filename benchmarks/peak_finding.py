@@ -185,8 +185,8 @@ def main() -> None:
     print(
         "| peaks planted a panel | found | PeakFinder, full logits | same, channels_last | same, "
         "with valid and int16 pixels | low-resolution logits | class map | class map to table on "
-        "the host | torch softmax + argmax | one CuPy label call on the class map | loop over panels "
-        "(cupyx) of the class map |"
+        "the host | torch softmax + argmax | one CuPy label call on the class map | loop over "
+        "panels (cupyx) of the class map |"
     )
     print("| --- " * 11 + "|")
     for blobs in (0, 10, 50, 200):

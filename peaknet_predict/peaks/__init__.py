@@ -63,7 +63,8 @@ def find_peaks(class_map_NHW: Tensor) -> PeakTable:
             none = np.zeros(0, dtype=np.int64)
             return PeakTable.from_sums(none, none, none, none)
         # Made for this one map; who has one batch after another keeps a finder.
-        finder = PeakFinder(*class_map_NHW.shape, device=class_map_NHW.device)
+        panels, height, width = class_map_NHW.shape
+        finder = PeakFinder(panels, height, width, device=class_map_NHW.device)
         return finder.enqueue(class_map=class_map_NHW.detach()).table()
     if class_map_NHW.device.type == "cpu":
         from peaknet_predict.peaks import labels_scipy
