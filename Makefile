@@ -18,7 +18,8 @@ lint: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	# torch by its exact version first: the plain name would bring gigabytes of CUDA packages.
+	# torch first and by its exact version: a range would take the newest release there is. Where a
+	# CPU build of that version is at hand, pip takes it; otherwise the CUDA build, which works too.
 	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

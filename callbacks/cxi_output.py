@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import lightning as L
 
 from callbacks.lookup import callback_of
-from callbacks.queue_writer import BalanceError, QueueWriter
+from callbacks.queue_writer import QueueWriter
+from peaknet_predict.balance import BalanceError
 from peaknet_predict.consume import ConsumeReport, write_cxi
 from peaknet_predict.queues import ClusterTask, run_in_cluster
 from peaknet_predict.queues.cluster import current_address
@@ -60,10 +62,12 @@ class CxiOutput(L.Callback):
             raise ValueError("CxiOutput writes what a QueueWriter sends; add one to the callbacks")
         if not trainer.is_global_zero:
             return
+        self._writer.check_consumer = self._check
         self._consumer = run_in_cluster(
             write_cxi,
             self._writer.queue_address,
-            self.directory,
+            # The consumer's working directory is its own.
+            str(Path(self.directory).resolve()),
             current_address(),
             prefix=self.prefix,
             events_per_file=self.events_per_file,
@@ -74,6 +78,9 @@ class CxiOutput(L.Callback):
 
     def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         """Stop the run if the consumer has failed: its results would pile up unread."""
+        self._check()
+
+    def _check(self) -> None:
         if self._consumer is not None and self._consumer.done():
             self._consumer.result()
             raise RuntimeError("the CXI consumer ended before the run did")
@@ -84,8 +91,13 @@ class CxiOutput(L.Callback):
             return
         self.report = self._consumer.result()
         log.info("%s: %s", self.directory, self.report)
-        if not self.report.balanced:
-            raise BalanceError(f"{self.directory}: {self.report}")
+        assert self._writer is not None
+        if not self.report.balanced or (
+            trainer.world_size == 1 and self.report.taken != self._writer.predicted
+        ):
+            raise BalanceError(
+                f"{self.directory}: {self.report}; predicted {self._writer.predicted}"
+            )
         if self.report.failures:
             raise BalanceError(f"the stream of results is incomplete: {self.report.failures}")
 

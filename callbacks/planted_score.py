@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 from scipy.spatial import cKDTree
 
 from callbacks.cxi_output import CxiOutput
@@ -99,24 +100,34 @@ class PlantedPeakScore(L.Callback):
 
 
 def score_files(paths: list[Path], simulator: Simulator, min_snr: float, radius_px: float) -> Score:
-    """Compare CXI files with what a simulator planted; parameters as in `PlantedPeakScore`."""
+    """Compare CXI files with all that a simulator planted; parameters as in `PlantedPeakScore`.
+
+    Events that are in no file, because they were filtered, count with all their planted peaks as
+    missed.
+    """
+    listed = {event.id.idx: event.peaks for path in paths for event in read_cxi(path)}
     score = Score()
-    for path in paths:
-        for event in read_cxi(path):
-            planted = simulator.planted_peaks(event.id.idx % len(simulator))
-            strong = planted.snr >= min_snr
-            score.planted += int(strong.sum())
-            score.found += _near(planted.peaks[strong], event.peaks, radius_px)
-            score.listed += len(event.peaks)
-            score.true += _near(event.peaks, planted.peaks, radius_px)
+    for idx in range(len(simulator)):
+        planted = simulator.planted_peaks(idx)
+        peaks = listed.get(idx, np.empty((0, 3)))
+        strong = planted.snr >= min_snr
+        matched = _matches(planted.peaks, peaks, radius_px)
+        score.planted += int(strong.sum())
+        score.found += int((matched & strong).sum())
+        score.listed += len(peaks)
+        score.true += int(matched.sum())
     return score
 
 
-def _near(these: Peaks, those: Peaks, radius_px: float) -> int:
-    """Count peaks of ``these`` with one of ``those`` on the same panel within the radius."""
-    if not len(these) or not len(those):
-        return 0
+def _matches(planted: Peaks, listed: Peaks, radius_px: float) -> npt.NDArray[np.bool_]:
+    """Say of each planted peak whether a listed one is its own: each is the other's nearest."""
+    if not len(planted) or not len(listed):
+        return np.zeros(len(planted), dtype=np.bool_)
     # Panels are told apart by a distance that no radius reaches.
     apart = np.array([1e6, 1.0, 1.0])
-    distance, _ = cKDTree(those * apart).query(these * apart)
-    return int((distance <= radius_px).sum())
+    planted, listed = planted * apart, listed * apart
+    distance, nearest_listed = cKDTree(listed).query(planted)
+    _, nearest_planted = cKDTree(planted).query(listed)
+    mutual: npt.NDArray[np.bool_] = nearest_planted[nearest_listed] == np.arange(len(planted))
+    close: npt.NDArray[np.bool_] = distance <= radius_px
+    return mutual & close

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from queue import Full
 from queue import Queue as BoundedQueue
 from typing import Any
 from uuid import uuid4
@@ -15,13 +16,16 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from peaknet_predict.data import QueueDataModule
+from peaknet_predict.balance import BalanceError
+from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PendingPeaks
 from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
 from peaknet_predict.types import EventBatch, Refusal, Result
 
 log = logging.getLogger(__name__)
 
+_CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
+_LAST_RANK_S = 600.0  # how long rank 0 waits for the others after its own last result
 _LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
 
@@ -29,8 +33,8 @@ _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken produc
 class _Outbox:
     """A thread that puts results into the output queue while the caller goes on.
 
-    Putting a batch of images takes as long as copying them; the GPU must not wait for that. At most
-    two lots wait in the outbox, then the caller waits: that is the program's back-pressure.
+    Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
+    batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
 
     Attributes
     ----------
@@ -43,41 +47,43 @@ class _Outbox:
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._queue = queue
         self._producer = producer
-        self._lots: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
-        self._error: Exception | None = None
+        self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
         self._thread.start()
 
-    def put(self, results: list[Result]) -> None:
-        """Hand over results; raises what went wrong with earlier ones."""
-        if self._error is not None:
-            raise self._error
-        self._lots.put(results)
+    def put(self, results: list[Result] | None, check: Callable[[], None]) -> None:
+        """Hand over results; raises what went wrong with earlier ones.
 
-    def close(self) -> None:
+        While there is no room, ``check`` is called now and then, to raise if there never will be.
+        """
+        while self._error is None:
+            try:
+                self._waiting.put(results, timeout=_CHECK_S)
+                return
+            except Full:
+                check()
+        raise self._error
+
+    def close(self, check: Callable[[], None]) -> None:
         """Wait until everything handed over has been accepted; raises if it has not."""
         if self._thread.is_alive():
-            self._lots.put(None)
-            self._thread.join()
+            self.put(None, check)
+        while self._thread.is_alive():
+            self._thread.join(timeout=_CHECK_S)
+            check()
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        while (results := self._lots.get()) is not None:
-            # After an error lots are still taken, or the caller would wait for ever.
-            if self._error is not None:
-                continue
+        while (results := self._waiting.get()) is not None:
             try:
                 self._queue.put(self._producer, results)
-            except Exception as error:
+            except BaseException as error:
                 self._error = error
-                continue
+                return
             now = time.time()
             self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
-
-
-class BalanceError(RuntimeError):
-    """Events that were taken in are not accounted for."""
 
 
 class QueueWriter(BasePredictionWriter):
@@ -97,6 +103,14 @@ class QueueWriter(BasePredictionWriter):
         after the last rank has pushed its last result.
     min_hit_peaks
         An event with at least this many peaks counts as a hit in the log. Nothing is filtered here.
+
+    Attributes
+    ----------
+    predicted, refused, hits, peaks
+        Counts of this rank.
+    check_consumer
+        Called while the output queue is full; to be set by who knows the consumer, raises if there
+        is none any more.
     """
 
     def __init__(
@@ -120,6 +134,7 @@ class QueueWriter(BasePredictionWriter):
         self.refused = 0
         self.peaks = 0
         self.hits = 0
+        self.check_consumer: Callable[[], None] = lambda: None
         self._pending: deque[PendingPeaks] = deque()
         self._results: list[Result] = []
         self._batches_accumulated = 0
@@ -127,17 +142,22 @@ class QueueWriter(BasePredictionWriter):
         self._outbox: _Outbox | None = None
         self._roster: NativeQueue | None = None
         self._producer = ""
+        self._last_refusal: Refusal | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the output queue; all ranks are producers of one stream."""
         run = trainer.strategy.broadcast(uuid4().hex[:8])
-        self._producer = f"predict:{run}:rank{trainer.global_rank}"
+        producers = [f"predict:{run}:rank{rank}" for rank in range(trainer.world_size)]
+        self._producer = producers[trainer.global_rank]
         # The ranks sign off on a roster of their own, so that rank 0 knows when the last one has
         # pushed its last result, whatever kind of queue the output is and whoever else writes to
         # it. It belongs to rank 0, which leaves last.
         roster = QueueAddress(f"{self.queue_address.name}.roster.{run}")
         if trainer.is_global_zero:
             self._roster = _roster(roster)
+            # All of them by rank 0: a rank that dies before it gets here is missed, too.
+            for producer in producers:
+                self._roster.open(producer, of=trainer.world_size)
             self._queue = connect_queue(self.queue_address, "results")
         trainer.strategy.barrier("the output queue and the roster exist")
         if not trainer.is_global_zero:
@@ -145,7 +165,6 @@ class QueueWriter(BasePredictionWriter):
             self._queue = connect_queue(self.queue_address, "results")
         assert self._queue is not None
         assert self._roster is not None
-        self._roster.open(self._producer, of=trainer.world_size)
         self._queue.open(self._producer, of=trainer.world_size)
         self._outbox = _Outbox(self._queue, self._producer)
 
@@ -174,21 +193,13 @@ class QueueWriter(BasePredictionWriter):
         Raises
         ------
         BalanceError
-            If an event was received and neither predicted nor refused, or if the loop ended before
-            the stream did.
+            If an event was received and neither predicted nor refused, if all were refused, or if
+            the stream has not been read whole.
         """
         self._drain()
         problem = self._imbalance(trainer)
         self._sign_off(trainer, problem)
-        received = self.predicted + self.refused
-        log.info(
-            "rank %d: received %d = predicted %d + refused %d; %d peaks",
-            trainer.global_rank,
-            received,
-            self.predicted,
-            self.refused,
-            self.peaks,
-        )
+        self._log_balance(trainer)
         if problem is not None:
             raise BalanceError(problem)
 
@@ -198,14 +209,34 @@ class QueueWriter(BasePredictionWriter):
         """Deliver what is finished; readers learn that the stream is incomplete and why."""
         if self._outbox is None:
             return
+        while self._pending:
+            try:
+                self._collect()
+            except Exception:
+                log.exception("a batch is lost")
         try:
             self._drain()
         except Exception:
             log.exception("results of the last batches could not be delivered")
+        self._log_balance(trainer)
         try:
             self._sign_off(trainer, f"{type(exception).__name__}: {exception}")
         except Exception:
             log.exception("the end of the stream could not be marked")
+
+    def _log_balance(self, trainer: L.Trainer) -> None:
+        dataset = _dataset(trainer)
+        received = self.predicted + self.refused if dataset is None else dataset.received
+        lost = received - self.predicted - self.refused
+        log.info(
+            "rank %d: received %d = predicted %d + refused %d%s; %d peaks",
+            trainer.global_rank,
+            received,
+            self.predicted,
+            self.refused,
+            f" + lost {lost}" if lost else "",
+            self.peaks,
+        )
 
     def latency_ms(self, *percentiles: float) -> list[float]:
         """Return percentiles of the latency from put to result, of the latest events."""
@@ -230,7 +261,7 @@ class QueueWriter(BasePredictionWriter):
     def _push(self) -> None:
         assert self._outbox is not None
         if self._results:
-            self._outbox.put(self._results)
+            self._outbox.put(self._results, self.check_consumer)
         self._results = []
         self._batches_accumulated = 0
 
@@ -239,30 +270,30 @@ class QueueWriter(BasePredictionWriter):
         while self._pending:
             self._collect()
         self._push()
-        self._outbox.close()
+        self._outbox.close(self.check_consumer)
 
     def _count_refusal(self, refusal: Refusal) -> None:
         self.refused += 1
+        self._last_refusal = refusal
         if self.refused <= _REFUSALS_SHOWN:
             log.warning("refused %s", refusal)
         if self.refused == _REFUSALS_SHOWN:
             log.warning("further refusals are counted, but not shown")
 
     def _imbalance(self, trainer: L.Trainer) -> str | None:
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not isinstance(datamodule, QueueDataModule) or datamodule.dataset is None:
+        dataset = _dataset(trainer)
+        if dataset is None:
             return None
-        if not datamodule.dataset.ended:
+        problem = dataset.problem()
+        if problem is not None:
+            return problem
+        if dataset.received != self.predicted + self.refused:
             return (
-                "the prediction loop ended before the input stream did; look for "
-                "limit_predict_batches in the configuration"
-            )
-        received = datamodule.dataset.received
-        if received != self.predicted + self.refused:
-            return (
-                f"received {received} events, but predicted {self.predicted} and refused "
+                f"received {dataset.received} events, but predicted {self.predicted} and refused "
                 f"{self.refused}"
             )
+        if self.refused and not self.predicted:
+            return f"all {self.refused} events were refused; the last one was {self._last_refusal}"
         return None
 
     def _sign_off(self, trainer: L.Trainer, failure: str | None) -> None:
@@ -274,10 +305,21 @@ class QueueWriter(BasePredictionWriter):
         self._roster.close(self._producer, failure)
         if not trainer.is_global_zero:
             return
-        while not self._roster.wait_ended(timeout_s=30.0):
-            log.info("waiting for the last rank to push its results")
+        deadline = time.monotonic() + _LAST_RANK_S
+        while not self._roster.wait_ended(timeout_s=10.0):
+            missing = self._roster.statistics().open_producers
+            if time.monotonic() > deadline:
+                log.error("gave up waiting for %s", ", ".join(missing))
+                failure = failure or f"{', '.join(missing)} did not end"
+                break
+            log.info("waiting for %s to push its last results", ", ".join(missing))
         if not self._queue.native:
             self._queue.close(self._producer, failure, self.num_consumers)
+
+
+def _dataset(trainer: L.Trainer) -> QueueDataset | None:
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    return datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
 
 
 def _roster(address: QueueAddress) -> NativeQueue:

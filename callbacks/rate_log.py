@@ -30,13 +30,13 @@ class RateLog(L.Callback):
             raise ValueError(f"interval_s is {interval_s}; give a positive number of seconds")
         self.interval_s = interval_s
         self._started: float | None = None
-        self._shown_at = 0.0
+        self._shown_at = self._last_at = 0.0
         self._shown_events = 0
         self._first_events = 0
 
     def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         """Show a line if it is time for one."""
-        now = time.monotonic()
+        now = self._last_at = time.monotonic()
         if self._started is None:
             # From the first result on: start-up and compilation are not the rate.
             self._started = self._shown_at = now
@@ -51,7 +51,8 @@ class RateLog(L.Callback):
         if self._started is None:
             log.info("rank %d: no events", trainer.global_rank)
             return
-        seconds = max(time.monotonic() - self._started, 1e-9)
+        # Up to the last batch: waiting for other ranks and for files is not the rate.
+        seconds = max(self._last_at - self._started, 1e-9)
         self._show(trainer, (_writer(trainer).predicted - self._first_events) / seconds)
 
     def _show(self, trainer: L.Trainer, rate_hz: float) -> None:

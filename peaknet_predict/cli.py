@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from peaknet_predict.balance import BalanceError
+from peaknet_predict.cxi import CxiWriteError
 from peaknet_predict.queues import ClusterError, QueueError
 
 log = logging.getLogger("peaknet_predict")
@@ -61,8 +60,13 @@ class PredictCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer ``predict`` alone, without the parameters that a stream cannot have."""
-        return {"predict": {"model", "dataloaders", "datamodule", "return_predictions"}}
+        """Offer ``predict`` alone, without the parameters that a stream cannot have.
+
+        Nor with a checkpoint: Lightning would put its settings in place of the configuration's.
+        Weights are an argument of the network.
+        """
+        hidden = {"model", "dataloaders", "datamodule", "return_predictions"}
+        return {"predict": hidden | {"ckpt_path", "weights_only"}}
 
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept."""
@@ -106,9 +110,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[words[0]](words[1:])
-    except (ClusterError, QueueError) as error:
+    except BalanceError as error:
+        log.error("%s", error)
+        return EXIT_INCOMPLETE
+    except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        log.error("stopped at once; what was under way is lost")
+        return EXIT_INCOMPLETE
 
 
 def run() -> None:
@@ -117,11 +127,7 @@ def run() -> None:
 
 
 def _predict(args: list[str] | None) -> int:
-    try:
-        PredictCLI(args)
-    except SIGTERMException:
-        log.error("stopped by SIGTERM; what was finished has been delivered")
-        return EXIT_INCOMPLETE
+    PredictCLI(args)
     return 0
 
 
@@ -130,14 +136,9 @@ def _feed(args: list[str]) -> int:
 
     parser = _parser("feed", "Push events into an input queue and mark the end of the stream.")
     parser.add_function_arguments(feed)
-    with _SignalsAsInterrupt():
-        try:
-            report = feed(**_instantiated(parser, args))
-        except KeyboardInterrupt:
-            log.error("interrupted; the stream is marked as incomplete")
-            return EXIT_INCOMPLETE
-    log.info("%s", report)
-    return 0
+    report = feed(**_instantiated(parser, args))
+    log.info("%s%s", report, "; interrupted" if report.interrupted else "")
+    return EXIT_INCOMPLETE if report.interrupted else 0
 
 
 def _write_cxi(args: list[str]) -> int:
@@ -145,16 +146,12 @@ def _write_cxi(args: list[str]) -> int:
 
     parser = _parser("write-cxi", "Write results from an output queue to CXI files.")
     parser.add_function_arguments(write_cxi)
-    with _SignalsAsInterrupt():
-        try:
-            report = write_cxi(**_instantiated(parser, args))
-        except KeyboardInterrupt:
-            log.error("interrupted; what was taken has been written, the stream goes on without us")
-            return EXIT_INCOMPLETE
-    log.info("%s", report)
+    report = write_cxi(**_instantiated(parser, args))
+    log.info("%s%s", report, "; interrupted" if report.interrupted else "")
     for producer, reason in report.failures.items():
         log.error("the stream is incomplete: %s ended early (%s)", producer, reason)
-    return 0 if report.balanced and not report.failures else EXIT_INCOMPLETE
+    whole = report.balanced and not report.failures and not report.interrupted
+    return 0 if whole else EXIT_INCOMPLETE
 
 
 def _doctor(args: list[str]) -> int:
@@ -175,20 +172,6 @@ def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     settings.pop("config", None)
     return settings
-
-
-class _SignalsAsInterrupt:
-    """Let SIGTERM, by which a batch system ends a job, unwind like Ctrl-C."""
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._interrupt)
-
-    def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    @staticmethod
-    def _interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
 
 def _set_up_logging() -> None:

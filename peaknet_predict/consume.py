@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from peaknet_predict.cxi import CxiStatistics, CxiWriteError, CxiWriter
-from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
+from peaknet_predict.queues import Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
+from peaknet_predict.stopping import stop_requests
 from peaknet_predict.types import Event, Refusal, Result
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 _WAIT_S = 1.0
 _EVENTS_PER_GET = 16  # bounds what is taken from the queue beyond what the writer holds
 _RETRY_S = 5.0
+_TRIES_AFTER_STOP = 6
 
 
 @dataclass(slots=True)
@@ -35,12 +38,15 @@ class ConsumeReport:
         The file writer's own counts.
     failures
         Producers that ended their part of the stream early, and why.
+    interrupted
+        Whether Ctrl-C or SIGTERM ended it before the stream did.
     """
 
     taken: int = 0
     refused: int = 0
     cxi: CxiStatistics = field(default_factory=CxiStatistics)
     failures: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def balanced(self) -> bool:
@@ -70,7 +76,8 @@ def write_cxi(
     """Write results from an output queue to CXI files until the stream ends.
 
     While files cannot be written (disk full, directory gone) nothing more is taken from the queue,
-    and writing is tried again every few seconds. On an interrupt what was taken is still written.
+    and writing is tried again every few seconds. Ctrl-C and SIGTERM end it after what was taken has
+    been written, or has failed to be for half a minute.
 
     Parameters
     ----------
@@ -108,21 +115,24 @@ def drain(queue: Queue, writer: CxiWriter) -> ConsumeReport:
     report = ConsumeReport(cxi=writer.statistics)
     reader = f"write-cxi:{secrets.token_hex(4)}"
     ended = False
-    try:
-        while not ended:
+    with stop_requests() as stop:
+        while not ended and not stop.is_set():
             taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
-            # Counted first: an interrupt below must show in the balance, not vanish from it.
             report.taken += len(taken)
             for item in taken:
-                _write_one(writer, item, report)
-    finally:
-        _until_written(writer.close)
-    if isinstance(queue, NativeQueue):
-        report.failures = dict(queue.statistics().failures)
+                _write_one(writer, item, report, stop)
+        _until_written(writer.close, stop)
+    report.failures = queue.failures
+    report.interrupted = not ended
     return report
 
 
-def _write_one(writer: CxiWriter, item: Event | Result | Refusal, report: ConsumeReport) -> None:
+def _write_one(
+    writer: CxiWriter,
+    item: Event | Result | Refusal,
+    report: ConsumeReport,
+    stop: threading.Event,
+) -> None:
     if isinstance(item, Event):
         item = Refusal(item.id, "an event stands in a queue of results")
     if isinstance(item, Refusal):
@@ -131,18 +141,25 @@ def _write_one(writer: CxiWriter, item: Event | Result | Refusal, report: Consum
         return
     result = item
     try:
-        _until_written(lambda: writer.add(result))
+        _until_written(lambda: writer.add(result), stop)
     except ValueError as error:
         report.refused += 1
         log.warning("refused %s", Refusal(result.id, str(error)))
 
 
-def _until_written(write: Callable[[], object]) -> None:
-    """Repeat until storage takes the file; the events stay in memory meanwhile."""
+def _until_written(write: Callable[[], object], stop: threading.Event) -> None:
+    """Repeat until storage takes the file; the events stay in memory meanwhile.
+
+    Who asks to stop is not kept waiting for ever: the error is raised in the end.
+    """
+    tries_left = _TRIES_AFTER_STOP
     while True:
         try:
             write()
             return
         except CxiWriteError as error:
+            tries_left -= stop.is_set()
+            if tries_left == 0:
+                raise
             log.error("%s; trying again in %.0f s", error, _RETRY_S)
-            time.sleep(_RETRY_S)
+            stop.wait(_RETRY_S) if not stop.is_set() else time.sleep(_RETRY_S)

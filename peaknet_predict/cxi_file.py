@@ -74,7 +74,7 @@ class _CarefulFile:
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def read(self, size: int = -1) -> bytes:
         """Read bytes; here because h5py knows file objects by it."""
@@ -95,7 +95,7 @@ class _CarefulFile:
             # One write may stop short of the end; after an error nothing more is written.
             while self.error is None and len(view):
                 view = view[self._raw.write(view) :]
-        except OSError as error:
+        except BaseException as error:  # an interrupt in here would crash HDF5 as well
             self.error = error
         return length
 

@@ -15,16 +15,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from peaknet_predict.feed import FeedReport, feed
+from peaknet_predict.feed import feed
 from peaknet_predict.queues import (
+    ClusterError,
     ClusterTask,
     Queue,
     QueueAddress,
+    QueueError,
     connect_queue,
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
+from peaknet_predict.stopping import stop_requests
 from peaknet_predict.types import Event, EventBatch, Image, Refusal, Result
 from peaknet_predict.wire import check_event
 
@@ -70,6 +73,8 @@ class QueueDataset(IterableDataset[EventBatch]):
         Items taken from the queue so far.
     ended
         Whether the queue has said that the stream has ended.
+    interrupted
+        Whether Ctrl-C or SIGTERM asked to take no more events; what had been taken came out.
     """
 
     def __init__(
@@ -96,26 +101,29 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._max_latency_s = None if max_latency_ms is None else max_latency_ms / 1000
         self._pin_memory = pin_memory
         self._check_producer = check_producer
-        self._ready: SimpleQueue[EventBatch | Exception | None] = SimpleQueue()
+        self._ready: SimpleQueue[EventBatch | BaseException | None] = SimpleQueue()
         self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
-        self._stop = threading.Event()
+        self._stop_requested = threading.Event()
+        self._abandoned = threading.Event()
         self.received = 0
         self.ended = False
+        self.interrupted = False
 
     def __iter__(self) -> Iterator[EventBatch]:
-        """Yield batches until the queue says that the stream has ended."""
+        """Yield batches until the stream has ended, or a signal asks to stop."""
         ingest = threading.Thread(target=self._ingest, name="ingest", daemon=True)
-        ingest.start()
-        try:
-            while (batch := self._ready.get()) is not None:
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch
+        with stop_requests() as self._stop_requested:
+            ingest.start()
+            try:
+                while (batch := self._ready.get()) is not None:
+                    if isinstance(batch, BaseException):
+                        raise batch
+                    yield batch
+                    self._permits.release()
+            finally:
+                self._abandoned.set()
                 self._permits.release()
-        finally:
-            self._stop.set()
-            self._permits.release()
-            ingest.join()
+                ingest.join()
 
     def _ingest(self) -> None:
         """Fill batches until the end; hand on whatever goes wrong to the caller."""
@@ -123,16 +131,20 @@ class QueueDataset(IterableDataset[EventBatch]):
             for batch in self._batches():
                 self._ready.put(batch)
                 self._permits.acquire()
-                if self._stop.is_set():
+                if self._abandoned.is_set():
                     return
             self._ready.put(None)
-        except Exception as error:
+        except BaseException as error:
+            # Whatever it is, the caller waits for it and nobody else will see it.
             self._ready.put(error)
 
     def _batches(self) -> Iterator[EventBatch]:
         events: list[Event] = []
         refused: list[Refusal] = []
-        while not self.ended and not self._stop.is_set():
+        while not self.ended and not self._abandoned.is_set():
+            if self._stop_requested.is_set():
+                self.interrupted = True
+                break
             due_in_s = self._due_in_s(events)
             if due_in_s <= 0 and self._ready.empty():
                 yield self._assemble(events, refused)
@@ -172,6 +184,19 @@ class QueueDataset(IterableDataset[EventBatch]):
     def size(self) -> int:
         """Return how many events wait in the queue."""
         return self._queue.size()
+
+    def problem(self) -> str | None:
+        """Say why, at the end of the loop, the stream has not been read whole; None if it has."""
+        if self.interrupted:
+            return f"interrupted; {self.size()} events are left in the input queue"
+        if not self.ended:
+            return (
+                "the prediction loop ended before the input stream did; look for "
+                "limit_predict_batches in the configuration"
+            )
+        if self._queue.failures:
+            return f"the input stream is incomplete: {self._queue.failures}"
+        return None
 
     def _assemble(self, events: list[Event], refused: list[Refusal]) -> EventBatch:
         if not events:
@@ -283,11 +308,19 @@ class QueueDataModule(L.LightningDataModule):
                 "address 'local' embeds Ray in this process, out of reach of other nodes; start a "
                 "cluster (`ray start`) and use 'auto' or host:port"
             )
-        # Rank 0 first: with 'local' it starts the cluster that the others join, and a queue that
-        # two ranks made at once would be made twice.
-        cluster = connect(self.address) if self.trainer.is_global_zero else ""
+        # Rank 0 first: with 'local' it starts the cluster that the others join. What goes wrong
+        # there is told to all, or they would wait for the broadcast.
+        cluster, problem = "", None
+        if self.trainer.is_global_zero:
+            try:
+                cluster = connect(self.address)
+                connect_queue(self.queue_address, "events")
+            except (ClusterError, QueueError) as error:
+                problem = error
         reader = f"predict:{secrets.token_hex(4)}"
-        cluster, reader = strategy.broadcast((cluster, reader))
+        cluster, reader, problem = strategy.broadcast((cluster, reader, problem))
+        if problem is not None:
+            raise problem
         connect(cluster)
         queue = connect_queue(self.queue_address, "events")
         self.dataset = QueueDataset(
@@ -308,13 +341,6 @@ class QueueDataModule(L.LightningDataModule):
         """Return a loader that hands on the finished batches of the dataset."""
         assert self.dataset is not None
         return DataLoader(self.dataset, batch_size=None)
-
-    def feed_report(self) -> FeedReport | None:
-        """Return what this run's own producer did; None if it has none. Waits for it to end."""
-        if self._feeder is None:
-            return None
-        report: FeedReport = self._feeder.result()
-        return report
 
     def _check_feeder(self) -> None:
         """Raise what the producer raised: an empty queue would otherwise be waited on for ever."""

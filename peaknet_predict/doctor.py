@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues import (
+    ClusterError,
+    NativeQueue,
+    QueueAddress,
+    QueueError,
+    connect_queue,
+)
 from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
 
 _MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
@@ -155,7 +161,11 @@ def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[
                 problem = str(error)
                 continue
             whose = "our own" if queue.native else "three methods only, as psana-ray's"
-            yield Finding("ok", f"queue {name!r}: {queue.size()} waiting ({whose})")
+            state = ""
+            if isinstance(queue, NativeQueue):
+                producers = queue.statistics().open_producers
+                state = f"; open producers: {', '.join(producers) or 'none'}"
+            yield Finding("ok", f"queue {name!r}: {queue.size()} waiting ({whose}){state}")
             break
         else:
             yield Finding("FAIL", problem)
@@ -188,7 +198,7 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            Rehearsal(["predict", *words])
+            model = Rehearsal(["predict", *words]).model
     except SystemExit:
         problem = next(
             (line for line in reversed(said.getvalue().splitlines()) if line.strip()), "see above"
@@ -198,3 +208,10 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
         yield Finding("FAIL", f"{' + '.join(config)}: {type(error).__name__}: {error}")
     else:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
+        net = getattr(model, "net", None)
+        if getattr(net, "weights_sha256", "has none") is None:
+            yield Finding(
+                "warn",
+                f"{type(net).__name__} has no weights, its peaks would be random: set "
+                "net.init_args.weights",
+            )

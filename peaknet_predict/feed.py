@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from peaknet_predict.queues import Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
+from peaknet_predict.stopping import stop_requests
 from peaknet_predict.types import Event, EventId
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class FeedReport:
     stream: str
     events: int
     seconds: float
+    interrupted: bool
 
     def __str__(self) -> str:
         rate = self.events / self.seconds if self.seconds > 0 else 0.0
@@ -51,6 +53,8 @@ def feed(
     producers: int = 1,
 ) -> FeedReport:
     """Push events into an input queue, and mark the end of the stream.
+
+    Ctrl-C and SIGTERM end it between two puts; the stream is then marked as incomplete.
 
     Parameters
     ----------
@@ -105,20 +109,23 @@ def push(
     fed = 0
     failure: str | None = "the producer ended early"
     try:
-        for chunk in _chunks(_identified(source, stream, rank, num_events, loop), rate_hz):
-            if rate_hz is not None:
-                time.sleep(max(0.0, started + fed / rate_hz - time.monotonic()))
-            for event in chunk:
-                event.put_at = time.time()
-            queue.put(producer, chunk)
-            fed += len(chunk)
-        failure = None
+        with stop_requests() as stop:
+            for chunk in _chunks(_identified(source, stream, rank, num_events, loop), rate_hz):
+                if rate_hz is not None:
+                    stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
+                if stop.is_set():
+                    break
+                for event in chunk:
+                    event.put_at = time.time()
+                queue.put(producer, chunk)
+                fed += len(chunk)
+            failure = "interrupted" if stop.is_set() else None
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
         raise
     finally:
         queue.close(producer, failure)
-    return FeedReport(stream, fed, time.monotonic() - started)
+    return FeedReport(stream, fed, time.monotonic() - started, failure is not None)
 
 
 def _identified(

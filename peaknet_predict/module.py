@@ -87,6 +87,7 @@ class PeakNetModule(L.LightningModule):
         real: not padding, and neither NaN nor infinite. A network with a method ``coarse_logits``
         that returns logits (N, 2, H/4, W/4), and the attribute ``coarse_stride`` of 4, is spared
         the bilinear enlargement to full resolution on a GPU: the peak finder interpolates.
+        Where its ``check_shape(height, width)`` raises ValueError, the events are refused.
     preprocess
         Transforms of `peaknet_predict.preprocess`, in order.
     compile
@@ -118,7 +119,7 @@ class PeakNetModule(L.LightningModule):
         self._takes_valid = "valid_N1HW" in inspect.signature(net.forward).parameters
         self._under_way: deque[PendingPeaks] = deque()
         self._slots: deque[Slot] = deque()
-        self._shapes_that_fit: set[tuple[int, ...]] = set()
+        self._shapes_seen: set[tuple[int, ...]] = set()
         # Functions, not modules: a module held twice would be saved under two names.
         self._prepare: Callable[[Tensor], Prepared] = self.preprocess.forward
         self._stride: Literal[1, 4] = 1
@@ -126,6 +127,12 @@ class PeakNetModule(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Choose the path for the device, compile, and warm up in the context of the loop."""
+        if getattr(self.net, "weights_sha256", "not a network with weights") is None:
+            log.warning(
+                "%s has no weights: its parameters are random, and so will be the peaks. Set "
+                "net.init_args.weights in the configuration",
+                type(self.net).__name__,
+            )
         if self.device.type == "cuda":
             self._slots = deque(Slot(self.device) for _ in range(self.num_overlap))
         self._choose_path()
@@ -168,25 +175,37 @@ class PeakNetModule(L.LightningModule):
         if not batch.events and not warm_up:
             return pending
         shape_BPHW = tuple(batch.images_BPHW.shape)
-        is_new = shape_BPHW not in self._shapes_that_fit
+        misfit = self._misfit(shape_BPHW)
+        if misfit is not None:
+            reasons = [
+                Refusal(event.id, f"image of shape {event.image.shape} does not fit: {misfit}")
+                for event in batch.events
+            ]
+            return PendingPeaks(batch, batch.refused + reasons)
+        is_new = shape_BPHW not in self._shapes_seen
         try:
             with self._first_time(shape_BPHW) if is_new else contextlib.nullcontext():
                 self._enqueue(batch, pending)
         except TorchDynamoException as error:
             self._run_eagerly(error)
             return self.predict_step(batch, batch_idx, warm_up)
-        except ValueError as error:
-            if not is_new:
-                raise
-            pending = PendingPeaks(batch, list(batch.refused))
-            pending._refused += [
-                Refusal(event.id, f"image of shape {event.image.shape} does not fit: {error}")
-                for event in batch.events
-            ]
-            return pending
-        self._shapes_that_fit.add(shape_BPHW)
+        self._shapes_seen.add(shape_BPHW)
         self._under_way.append(pending)
         return pending
+
+    def _misfit(self, shape_BPHW: tuple[int, ...]) -> str | None:
+        """Say why preprocessing or network cannot take events of a shape; None if they can."""
+        if shape_BPHW in self._shapes_seen:
+            return None
+        _, panels, height, width = shape_BPHW
+        try:
+            _, *size = self.preprocess.output_shape((panels, height, width))
+            check_shape = getattr(self.net, "check_shape", None)
+            if check_shape is not None:
+                check_shape(*size)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _enqueue(self, batch: EventBatch, pending: PendingPeaks) -> None:
         if self.device.type != "cuda":
@@ -207,7 +226,8 @@ class PeakNetModule(L.LightningModule):
 
     def _logits(self, images_BPHW: Tensor) -> tuple[Tensor, Prepared]:
         with _stage("preprocess"):
-            prepared = self._prepare(images_BPHW)
+            # Outside of what is compiled, or every dtype of raw counts would be compiled anew.
+            prepared = self._prepare(images_BPHW.to(torch.float32))
         with _stage("network"):
             images_N1HW = prepared.images_N1HW.to(self._input_dtype())
             if self._takes_valid:

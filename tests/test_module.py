@@ -42,11 +42,13 @@ class Bright(nn.Module):
         self.seen_shapes: list[tuple[int, ...]] = []
         self.seen_dtypes: list[torch.dtype] = []
 
+    def check_shape(self, height: int, width: int) -> None:
+        if width % 4:
+            raise ValueError("width must be a multiple of 4; use Pad")
+
     def forward(self, images_N1HW: Tensor) -> Tensor:
         self.seen_shapes.append(tuple(images_N1HW.shape))
         self.seen_dtypes.append(images_N1HW.dtype)
-        if images_N1HW.shape[-1] % 4:
-            raise ValueError("width must be a multiple of 4; use Pad")
         return (images_N1HW - 3) * self.weight.reshape(1, 2, 1, 1)
 
 
@@ -55,7 +57,7 @@ def shot(
 ) -> Event:
     image = np.zeros(shape, np.float32)
     for panel, y, x in spots:
-        image[..., y, x] if len(shape) == 2 else image[panel].__setitem__((y, x), 100.0)
+        image.reshape(-1, *shape[-2:])[panel, y, x] = 100.0
     return Event(EventId("s", 0, idx), image, 9000.0 + idx)
 
 

@@ -97,8 +97,11 @@ def test_foreign_puts_end_with_none_and_begin_again_with_the_next_item() -> None
     assert records[0].nbytes == 24
     assert state.get("r", 5) == ([], True)
     assert state.put_foreign([0, 0, np.zeros(3), 1.0])
-    assert len(state.get("r", 5)[0]) == 1
-    assert state.get("r", 5) == ([], False)
+    assert state.get("r", 5) == ([], True), "what a reader was told stays so"
+    (again,), _ = state.get("next", 5)
+    assert isinstance(again, ForeignItem)
+    assert again.stream != records[0].stream, "rank and idx repeat from run to run"
+    assert state.get("next", 5) == ([], False)
 
 
 def test_a_producer_that_has_not_opened_is_told_so() -> None:

@@ -203,7 +203,10 @@ class PeakNet(nn.Module):
                 f"PeakNet takes panels of shape (N, 1, H, W), not {tuple(images_N1HW.shape)}: "
                 "end the preprocessing with MergeBatchChannelDims"
             )
-        height, width = images_N1HW.shape[2:]
+        self.check_shape(*images_N1HW.shape[2:])
+
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise a ValueError, which names the remedy, for panels of a size PeakNet cannot take."""
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             up_height, up_width = (

@@ -32,10 +32,14 @@ class Description(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """The answer to `QueueActor.get_many`: records, or nothing yet, or the end."""
+    """The answer to `QueueActor.get_many`: records, or nothing yet, or the end.
+
+    With the end come the producers that ended their part of the stream early, and why.
+    """
 
     records: list[Record]
     ended: bool
+    failures: dict[str, str]
 
 
 class QueueActor:
@@ -95,25 +99,29 @@ class QueueActor:
             self._changed.notify_all()
 
     async def put_many(self, producer: str, records: list[Record], timeout_s: float) -> int:
-        """Take as many records as fit within ``timeout_s``; at least one, or 0 when still full."""
+        """Take the records as room appears, up to ``timeout_s``; the answer is how many."""
         taken = 0
 
-        def room() -> bool:
+        def all_taken() -> bool:
             nonlocal taken
-            taken = self._state.put(producer, records)
-            return taken > 0 or not records
+            more = self._state.put(producer, records[taken:])
+            taken += more
+            if more:
+                self._changed.notify_all()
+            return taken == len(records)
 
-        await self._wait_for(room, timeout_s)
+        await self._wait_for(all_taken, timeout_s)
         return taken
 
     async def get_many(self, reader: str, max_records: int, timeout_s: float) -> Delivery:
         """Return records as soon as there are any, the end, or nothing after ``timeout_s``."""
-        delivery = Delivery([], False)
+        delivery = Delivery([], False, {})
 
         def something() -> bool:
             nonlocal delivery
-            delivery = Delivery(*self._state.get(reader, max_records))
-            return bool(delivery.records) or delivery.ended
+            records, ended = self._state.get(reader, max_records)
+            delivery = Delivery(records, ended, self._state.failures if ended else {})
+            return bool(records) or ended
 
         await self._wait_for(something, timeout_s)
         return delivery

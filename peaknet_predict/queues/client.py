@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 Taken = Event | Result | Refusal
 
+_PUT_BYTES = 64 * 2**20  # most bytes of one put: some 16 events of 4 MB
+_HICCUP_S = 30.0  # how long a queue may be out of reach before a call fails
 _POLL_S = 2.0  # longest single wait inside the actor; bounds how late a signal is noticed
 _REPORT_S = 30.0  # how often a wait for room or for events is mentioned in the log
 
@@ -61,6 +64,9 @@ class QueueAddress:
 
 class Queue(Protocol):
     """What the rest of the program does with a queue, whichever actor is behind it."""
+
+    failures: dict[str, str]
+    """At the end of the stream: producers that ended early, and why."""
 
     native: bool
     """Whether it is our own actor: knows event identity and the end of the stream."""
@@ -134,7 +140,7 @@ def connect_queue(
             f"queue {address.name!r} holds {description.kind}, but {kind} are expected here; "
             "input and output need queues of different names"
         )
-    return NativeQueue(handle, address)
+    return NativeQueue(handle, address, kind)
 
 
 def _missing(address: QueueAddress) -> str:
@@ -167,9 +173,6 @@ class _Patience:
         self._waiting_for = waiting_for
         self._since = self._mentioned = time.monotonic()
 
-    def idle_s(self) -> float:
-        return time.monotonic() - self._since
-
     def mention(self) -> None:
         now = time.monotonic()
         if now - self._mentioned >= _REPORT_S:
@@ -185,8 +188,10 @@ class NativeQueue:
 
     native = True
 
-    def __init__(self, handle: Any, address: QueueAddress) -> None:
+    def __init__(self, handle: Any, address: QueueAddress, kind: Kind) -> None:
+        self.failures: dict[str, str] = {}
         self._handle = handle
+        self._kind = kind
         self._name = address.name
         self._waiting = _Patience(f"no event in queue {address.name!r}")
 
@@ -206,15 +211,15 @@ class NativeQueue:
         QueueError
             If the queue's actor is gone.
         """
-        left = list(records)
         patience = _Patience(f"queue {self._name!r} is full; waiting")
-        while left:
-            taken = self._call("put_many", producer, left, _POLL_S)
-            left = left[taken:]
-            if taken:
-                patience.reset()
-            else:
-                patience.mention()
+        for left in _by_size(records):
+            while left:
+                taken = self._call("put_many", producer, left, _POLL_S)
+                left = left[taken:]
+                if taken:
+                    patience.reset()
+                else:
+                    patience.mention()
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records``, waiting up to ``timeout_s`` for the first; True at the end.
@@ -229,9 +234,10 @@ class NativeQueue:
             self._waiting.reset()
         elif not delivery.ended:
             self._waiting.mention()
-        return [taken for record in delivery.records for taken in self._decode(record)], bool(
-            delivery.ended
-        )
+        if delivery.ended:
+            self.failures = delivery.failures
+        taken = [taken for record in delivery.records for taken in self._decode(record)]
+        return taken, bool(delivery.ended)
 
     def size(self) -> int:
         """Return how many events can be taken now."""
@@ -248,19 +254,22 @@ class NativeQueue:
     def _decode(self, record: Record) -> list[Taken]:
         if not isinstance(record, ForeignItem):
             return [record]
-        return _decode_item(self._kind(), record, f"{self._name}#{record.generation}")
-
-    def _kind(self) -> Kind:
-        kind: Kind = self._call("describe").kind
-        return kind
+        return _decode_item(self._kind, record, f"{self._name}#{record.stream}")
 
     def _call(self, method: str, *args: Any) -> Any:
         import ray
 
-        try:
-            return ray.get(getattr(self._handle, method).remote(*args))
-        except ray.exceptions.RayActorError as error:
-            raise QueueError(_gone(self._name, error)) from error
+        deadline = time.monotonic() + _HICCUP_S
+        while True:
+            try:
+                return ray.get(getattr(self._handle, method).remote(*args))
+            except ray.exceptions.ActorUnavailableError as error:
+                # The call may have been carried out: only what may be done twice is tried again.
+                if method in ("put_many", "get_many") or time.monotonic() > deadline:
+                    raise QueueError(_unanswered(self._name, method)) from error
+                time.sleep(1.0)
+            except ray.exceptions.RayActorError as error:
+                raise QueueError(_gone(self._name, error)) from error
 
 
 class ForeignQueue:
@@ -276,11 +285,26 @@ class ForeignQueue:
         self._handle = handle
         self._address = address
         self._kind = kind
+        self.failures: dict[str, str] = {}
         self._items_taken = 0
-        self._idle = _Patience(f"no event in queue {address.name!r}")
+        # Such a queue names no stream, and its producers count from 0 in every run.
+        self._stream = f"{address.name}@{secrets.token_hex(4)}"
+        self._idle_s = 0.0
+        self._waiting = _Patience(f"no event in queue {address.name!r}")
 
     def open(self, producer: str, of: int = 1) -> None:
-        """Do nothing: such a queue knows no producers."""
+        """Check that nothing is asked that such a queue cannot do: it knows no producers.
+
+        Raises
+        ------
+        QueueError
+            For events from several producers: the end of the first would be the end of all.
+        """
+        if of > 1 and self._kind == "events":
+            raise QueueError(
+                f"queue {self._address.name!r} is another program's and cannot tell {of} producers "
+                "apart; feed it with one, or let this program make the queue"
+            )
 
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
         """Put ``end_markers`` end items, each until it is accepted.
@@ -302,17 +326,22 @@ class ForeignQueue:
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records`` items within ``timeout_s``; True after the idle time."""
-        deadline = time.monotonic() + timeout_s
+        asked_at = time.monotonic()
         pause = 0.001
         while True:
             items = self._get_items(max_records)
             if items:
-                self._idle.reset()
+                self._idle_s = 0.0
+                self._waiting.reset()
                 return [taken for item in items for taken in self._decode(item)], False
-            self._idle.mention()
-            if self._idle.idle_s() >= self._address.idle_timeout_s:
+            self._waiting.mention()
+            # Only time spent asking is idle: while the caller compiles or waits for room at the
+            # output, the queue may well be full.
+            waited_s = time.monotonic() - asked_at
+            if self._idle_s + waited_s >= self._address.idle_timeout_s:
                 return [], True
-            if time.monotonic() >= deadline:
+            if waited_s >= timeout_s:
+                self._idle_s += waited_s
                 return [], False
             time.sleep(pause)
             pause = min(pause * 2, 0.1)
@@ -335,12 +364,16 @@ class ForeignQueue:
     def _decode(self, item: Any) -> list[Taken]:
         record = ForeignItem(item, self._items_taken, 0)
         self._items_taken += 1
-        return _decode_item(self._kind, record, self._address.name)
+        return _decode_item(self._kind, record, self._stream)
 
     def _put_item(self, item: Any) -> None:
+        import ray
+
         patience = _Patience(f"queue {self._address.name!r} is full; waiting")
         pause = 0.01
-        while not self._call([("put", (item,))])[0]:
+        # One object for all tries; Ray hands the actor the value, not the reference.
+        reference = ray.put(item)
+        while not self._call([("put", (reference,))])[0]:
             patience.mention()
             # Jitter keeps several producers from knocking at the same moments.
             time.sleep(pause * random.uniform(0.5, 1.5))
@@ -352,6 +385,8 @@ class ForeignQueue:
         try:
             references = [getattr(self._handle, method).remote(*args) for method, args in calls]
             answers: list[Any] = ray.get(references)
+        except ray.exceptions.ActorUnavailableError as error:
+            raise QueueError(_unanswered(self._address.name, calls[0][0])) from error
         except ray.exceptions.RayActorError as error:
             raise QueueError(_gone(self._address.name, error)) from error
         return answers
@@ -361,6 +396,30 @@ def _decode_item(kind: Kind, item: ForeignItem, stream: str) -> list[Taken]:
     if kind == "events":
         return [item_to_event(item.payload, stream, item.position)]
     return list(item_to_results(item.payload, stream, item.position))
+
+
+def _by_size(records: Sequence[Event | Result]) -> Iterator[list[Event | Result]]:
+    """Group records so that a call moves a bounded number of bytes.
+
+    The arrays of a call share one object in Ray's memory, which stays as long as any of them.
+    """
+    group: list[Event | Result] = []
+    size = 0
+    for record in records:
+        if group and size + record.nbytes > _PUT_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += record.nbytes
+    if group:
+        yield group
+
+
+def _unanswered(name: str, method: str) -> str:
+    return (
+        f"queue {name!r} did not answer a {method}; whether it was carried out is not known. Look "
+        "at the network and at the Ray logs of the actor's node, then restart this run"
+    )
 
 
 def _gone(name: str, error: Exception) -> str:

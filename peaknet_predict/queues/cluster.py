@@ -92,6 +92,9 @@ def connect(address: str) -> str:
             ensure_private_token()
         # A left-over RAY_ADDRESS must not turn "start one here" into "join that one".
         os.environ.pop("RAY_ADDRESS", None)
+    elif "RAY_AUTH_TOKEN" in os.environ or token_path().exists():
+        # Ray looks for a token by itself only for 'auto', not for a cluster named by its address.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = _ray()
     if ray.is_initialized():
         return current_address()
@@ -142,12 +145,21 @@ class ClusterTask:
 
 
 def run_in_cluster(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ClusterTask:
-    """Run a function of an importable module in another process of the cluster.
+    """Run a function of an importable module in another process on this node of the cluster.
+
+    On this node, because paths among the arguments are this node's.
 
     It claims no CPU of Ray's books: Ray counts cores to place tasks, and a feeder or a file writer
     on a machine whose cores are all booked must still start.
     """
-    task = _ray().remote(num_cpus=0, max_retries=0)(function)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = _ray().get_runtime_context().get_node_id()
+    task = _ray().remote(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+    )(function)
     return ClusterTask(task.remote(*args, **kwargs))
 
 

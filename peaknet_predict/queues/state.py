@@ -27,13 +27,13 @@ class ForeignItem:
         The object as it came.
     position
         How many items had come this way before, which identifies it when nothing inside does.
-    generation
-        The queue's generation (see `QueueState`) it belongs to.
+    stream
+        How many streams of such items had ended before; names the stream it belongs to.
     """
 
     payload: Any
     position: int
-    generation: int
+    stream: int
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +42,9 @@ class ForeignItem:
 
 
 Record = Event | Result | ForeignItem
+
+
+_AT_ITS_END = -1
 
 
 def _nbytes(value: Any, depth: int) -> int:
@@ -101,6 +104,7 @@ class QueueState:
         self._closed: set[str] = set()
         self._expected = 0
         self._foreign_items = 0
+        self._foreign_streams = 0
         self._foreign_closed = False
         self._end_markers = 0
         self._end_seen = False
@@ -150,22 +154,37 @@ class QueueState:
     def put_foreign(self, payload: Any) -> bool:
         """Take an item from a program that knows only ``put``; ``None`` ends its stream."""
         if payload is None or (isinstance(payload, str) and payload == END_MARKER):
+            # Once per reader, by psana-ray's rule: one stream ends, however often it is said.
+            self._foreign_streams += not self._foreign_closed
             self._foreign_closed = True
             return True
         self._begin_if_ended()
         # A queue that only ever sees foreign puts must not look ended because of an earlier run.
         self._foreign_closed = False
-        if not self._take([ForeignItem(payload, self._foreign_items, self.generation)]):
+        if not self._take([ForeignItem(payload, self._foreign_items, self._foreign_streams)]):
             return False
         self._foreign_items += 1
         return True
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Producers of this generation that ended early, and why."""
+        return dict(self._failures)
+
     def get(self, reader: str, max_records: int) -> tuple[list[Record], bool]:
         """Take up to ``max_records``; the second value says that ``reader`` is at the end."""
         self._join(reader)
+        if self._readers[reader] == _AT_ITS_END:
+            # The ranks of a run share a name: what one was told holds for all, even if the next
+            # run has begun meanwhile.
+            return [], True
         if not self._ready:
             at_end = self.ended and self._readers[reader] <= self.generation
-            self._end_seen = self._end_seen or at_end
+            if at_end:
+                self._readers[reader] = _AT_ITS_END
+                self._end_seen = True
+                # Left over, they would end whoever reads the next run.
+                self._end_markers = 0
             return [], at_end
         taken = [self._pop() for _ in range(min(max_records, len(self._ready)))]
         return taken, False
@@ -189,7 +208,7 @@ class QueueState:
             ready_bytes=self._ready_bytes,
             largest=self._largest,
             open_producers=sorted(self._open),
-            failures=dict(self._failures),
+            failures=self.failures,
             ended=self.ended,
         )
 
