@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ import yaml
 
 from callbacks.planted_score import score_files
 from peaknet_predict.cxi_file import read_cxi
-from peaknet_predict.queues import QueueAddress
+from peaknet_predict.queues import NativeQueue, QueueAddress, connect_queue
 from peaknet_predict.sources import NpzSource, Simulator
+from peaknet_predict.types import EventId, Result
 from tests.conftest import REAL_DATA, REPOSITORY
 from tests.foreign import make_three_method_queue
 
@@ -29,7 +33,9 @@ SMALL = {"panels": 2, "height": 160, "width": 192, "hit_fraction": 1.0, "distanc
 
 
 def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What this process's own cluster has set must not help the commands along.
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         [COMMAND, *map(str, words)],
         cwd=cwd,
@@ -208,7 +214,7 @@ def test_bad_events_are_refused_by_name_and_the_stream_goes_on(
     assert "expected [rank, idx, image, photon_energy], got dict" in said
 
 
-def test_a_producer_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+def test_a_consumer_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     config = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
     frames = tmp_path / "frames.h5"
     with h5py.File(frames, "w") as file:
@@ -223,6 +229,169 @@ def test_a_producer_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> N
     (tmp_path / "demo_output").write_text("a file where the directory should be")
     said = finish(start("predict", "-c", path, cwd=tmp_path), expected=1)
     assert "demo_output" in said
+
+
+def test_a_source_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    config = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    config["data"]["init_args"]["source"] = {"class_path": "tests.failing.FailingSource"}
+    config["trainer"]["callbacks"].pop()  # no planted peaks to compare with
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    said = finish(start("predict", "-c", path, cwd=tmp_path), expected=3)
+    assert "the tape has been eaten" in said
+    assert "received 8 = predicted 8 + refused 0" in said
+    assert "written 0 + filtered 8" in said
+
+
+def test_the_demo_on_two_ranks_from_a_clean_environment(tmp_path: Path) -> None:
+    few = ("--data.init_args.source.init_args.num_events", 12)
+    said = finish(
+        start(
+            *("predict", "-c", CONFIGS / "demo.yaml", "-c", CONFIGS / "topology" / "two_cpus.yaml"),
+            *few,
+            cwd=tmp_path,
+        )
+    )
+    score = re.search(r"recall ([\d.]+)\).*precision ([\d.]+)\)", said)
+    assert score is not None, said
+    assert float(score[1]) > 0.9
+    assert float(score[2]) > 0.9
+    assert "taken 12 = written" in said
+
+
+def test_two_ranks_and_a_foreign_output_end_once_after_the_last_result(
+    cluster: str, queues: tuple[str, str], predict_yaml: Path, tmp_path: Path
+) -> None:
+    simulator = Simulator(num_events=24, seed=2, **SMALL)  # type: ignore[arg-type]
+    source = make_three_method_queue(queues[0], "peaknet", 100)
+    sink = make_three_method_queue(queues[1], "peaknet", 100)
+    for i in range(24):
+        assert ray.get(source.put.remote([1, i, *simulator.event(i)]))
+    snr, two = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "two_cpus.yaml"
+    finish(start("predict", "-c", predict_yaml, "-c", snr, "-c", two, cwd=tmp_path))
+    items = [ray.get(sink.get.remote()) for _ in range(ray.get(sink.size.remote()))]
+    assert items.pop() == "END"
+    energies = sorted(energy for item in items for _, _, energy in item)
+    assert energies == sorted(simulator.event(i)[1] for i in range(24))
+
+
+def test_results_are_put_together_and_every_old_reader_gets_its_end(
+    queues: tuple[str, str], predict_yaml: Path, simulator_yaml: Path, cluster: str, tmp_path: Path
+) -> None:
+    config = yaml.safe_load(predict_yaml.read_text())
+    config["trainer"]["callbacks"][0]["init_args"].update(accumulation_steps=3, num_consumers=2)
+    predict_yaml.write_text(yaml.safe_dump(config))
+    sink = make_three_method_queue(queues[1], "peaknet", 100)
+    finish(start("feed", "-c", simulator_yaml, "--address", cluster, cwd=tmp_path))
+    snr, cpu = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "cpu.yaml"
+    finish(start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path))
+    items = [ray.get(sink.get.remote()) for _ in range(ray.get(sink.size.remote()))]
+    assert [len(item) for item in items[:-2]] == [12, 9]  # 21 events, 3 batches of 4 an item
+    assert items[-2:] == ["END", "END"]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_write_cxi_writes_what_it_took(
+    cluster: str, queues: tuple[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    queue = connect_queue(QueueAddress(queues[1]), "results")
+    assert isinstance(queue, NativeQueue)
+    queue.open("test")
+    image = np.zeros((2, 160, 192), np.float32)
+    writer = start(
+        *("write-cxi", "--address", cluster, "--queue.name", queues[1]),
+        *("--directory", tmp_path / "cxi", "--events_per_file", 7),
+        cwd=tmp_path,
+    )
+    for idx in range(40):
+        queue.put("test", [Result(EventId("t", 0, idx), image, np.empty((0, 3)), 9500.0)])
+    wait_until(lambda: queue.statistics().delivered >= 20)
+    writer.send_signal(number)
+    said = finish(writer, expected=3)
+    taken = queue.statistics().delivered
+    assert f"taken {taken} = written {taken}" in said
+    assert "interrupted" in said
+    assert len(list(events(tmp_path / "cxi"))) == taken
+
+
+def test_an_interrupted_feed_says_that_the_stream_is_incomplete(
+    cluster: str, queues: tuple[str, str], simulator_yaml: Path, tmp_path: Path
+) -> None:
+    feed = start(
+        *("feed", "-c", simulator_yaml, "--address", cluster, "--loop", "true"),
+        *("--rate_hz", 50),
+        cwd=tmp_path,
+    )
+    queue = connect_queue(QueueAddress(queues[0]), "events")
+    assert isinstance(queue, NativeQueue)
+    wait_until(lambda: queue.statistics().accepted >= 30)
+    feed.send_signal(signal.SIGTERM)
+    said = finish(feed, expected=3)
+    statistics = queue.statistics()
+    assert f"fed {statistics.accepted} events" in said
+    assert list(statistics.failures.values()) == ["interrupted"]
+    idx, ended = [], False
+    while not ended:
+        taken, ended = queue.get("r", 16, 1.0)
+        idx += [event.id.idx for event in taken if event.id is not None]
+    assert idx == list(range(statistics.accepted)), "numbered on through every pass of the loop"
+
+
+def test_an_interrupted_prediction_delivers_what_it_took(
+    cluster: str, queues: tuple[str, str], predict_yaml: Path, simulator_yaml: Path, tmp_path: Path
+) -> None:
+    feed = start(
+        *("feed", "-c", simulator_yaml, "--address", cluster, "--loop", "true"),
+        *("--rate_hz", 20),
+        cwd=tmp_path,
+    )
+    snr, cpu = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "cpu.yaml"
+    predict = start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path)
+    results = connect_queue(QueueAddress(queues[1]), "results")
+    assert isinstance(results, NativeQueue)
+    wait_until(lambda: results.statistics().accepted >= 8)
+    predict.send_signal(signal.SIGTERM)
+    said = finish(predict, expected=3)
+    feed.send_signal(signal.SIGTERM)
+    finish(feed, expected=3)
+    inputs = connect_queue(QueueAddress(queues[0]), "events")
+    assert isinstance(inputs, NativeQueue)
+    taken = inputs.statistics().delivered
+    assert f"received {taken} = predicted {taken} + refused 0" in said
+    assert "left in the input queue" in said
+    assert results.statistics().accepted == taken
+    assert "interrupted" in next(iter(results.statistics().failures.values()))
+
+
+def test_when_the_network_fails_finished_results_are_delivered_and_the_end_says_so(
+    cluster: str, queues: tuple[str, str], predict_yaml: Path, simulator_yaml: Path, tmp_path: Path
+) -> None:
+    model = yaml.safe_load((CONFIGS / "models" / "snr.yaml").read_text())
+    model["model"]["init_args"]["net"]["class_path"] = "tests.failing.FailingNet"
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
+    finish(start("feed", "-c", simulator_yaml, "--address", cluster, cwd=tmp_path))
+    cpu = CONFIGS / "topology" / "cpu.yaml"
+    predict = start(
+        "predict", "-c", predict_yaml, "-c", tmp_path / "model.yaml", "-c", cpu, cwd=tmp_path
+    )
+    said = finish(predict, expected=1)
+    assert "out of memory" in said
+    assert re.search(r"predicted 8 \+ refused 0 \+ lost \d+", said), said
+    writer = start(
+        *("write-cxi", "--address", cluster, "--queue.name", queues[1]),
+        *("--directory", tmp_path / "cxi"),
+        cwd=tmp_path,
+    )
+    said = finish(writer, expected=3)
+    assert "taken 8 = written 8" in said
+    assert "out of memory" in said
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the CSPAD shots are not beside the checkout")

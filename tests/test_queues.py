@@ -211,7 +211,7 @@ except ClusterError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        env={k: v for k, v in os.environ.items() if k[:4] != "RAY_"} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -234,3 +234,67 @@ def test_a_function_run_in_the_cluster_raises_here() -> None:
     with pytest.raises(RuntimeError, match="on fire"):
         task.result(timeout_s=60)
     assert task.done()
+
+
+def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=2))
+    sent = 0
+    call = queue._call
+
+    def counting(method: str, *args: Any) -> Any:
+        nonlocal sent
+        sent += len(args[1]) if method == "put_many" else 0
+        return call(method, *args)
+
+    queue._call = counting  # type: ignore[method-assign]
+    queue.open("p")
+
+    def produce() -> None:
+        queue.put("p", [event(i) for i in range(40)])
+        queue.close("p")
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    reader = native(address)
+    taken: list[Any] = []
+    ended = False
+    while not ended:
+        items, ended = reader.get("r", 1, 1.0)
+        taken += items
+        time.sleep(0.01)
+    producer.join()
+    assert [e.id.idx for e in taken] == list(range(40))
+    assert sent == 40
+
+
+def test_a_foreign_stream_is_not_idle_while_nobody_asks(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 10)
+    queue = connect_queue(replace(address, idle_timeout_s=1.0), "events")
+    time.sleep(1.5)  # compiling, or waiting for room at the output
+    assert queue.get("r", 4, 0.1) == ([], False)
+    ray.get(handle.put.remote([0, 5, event(5).image, 9000.0]))
+    assert [e.id.idx for e in take_all(queue)] == [5]
+
+
+def test_the_end_names_producers_that_failed(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.close("p", failure="no beam")
+    assert queue.get("r", 1, 1.0) == ([], True)
+    assert queue.failures == {"p": "no beam"}
+
+
+def test_a_foreign_queue_cannot_be_fed_by_several(address: QueueAddress) -> None:
+    make_three_method_queue(address.name, address.namespace, 10)
+    with pytest.raises(QueueError, match="cannot tell 2 producers apart"):
+        connect_queue(address, "events").open("p", of=2)
+
+
+def test_ranks_that_share_a_reader_all_end_with_their_own_run(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.close("p")
+    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 0"
+    queue.open("q")
+    queue.put("q", [event(1)])
+    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
