@@ -59,11 +59,12 @@ class PlantedPeakNet(PeakNet):
 
     def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
         """Run the network; return the planted logits."""
-        return super().coarse_logits(images_N1HW) * self.get_buffer("zero") + self.get_buffer(
-            "planted"
-        )
+        logits = super().coarse_logits(images_N1HW)
+        planted: Tensor = self.get_buffer("planted")
+        return logits * self.get_buffer("zero") + planted[: len(logits)]
 
     def forward(self, images_N1HW: Tensor) -> Tensor:
         """Run the network; return the planted logits at full resolution."""
+        logits = super().forward(images_N1HW)
         full: Tensor = self.get_buffer("planted_full")
-        return super().forward(images_N1HW) * self.get_buffer("zero") + full
+        return logits * self.get_buffer("zero") + full[: len(logits)]
