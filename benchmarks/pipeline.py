@@ -82,6 +82,20 @@ def make_module(planted: Tensor) -> PeakNetModule:
     return PeakNetModule(net, transforms, compile=True, num_overlap=3, warmup_shapes=[SHAPE_BPHW])
 
 
+def make_trainer(*callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        accelerator="gpu",
+        devices=1,
+        precision="bf16-true",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=list(callbacks),
+        limit_predict_batches=10**9,
+    )
+
+
 def windows_of(moments: list[float], batches: int) -> list[float]:
     """Seconds per batch in each window of so many batches, the first window left out."""
     starts = moments[batches::batches]
@@ -91,17 +105,7 @@ def windows_of(moments: list[float], batches: int) -> list[float]:
 def end_to_end(module: PeakNetModule, windows: int, batches: int) -> tuple[float, int]:
     """Median seconds per batch under Trainer.predict, and peaks of the last batch."""
     sink = Sink()
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-true",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[sink],
-        limit_predict_batches=10**9,
-    )
+    trainer = make_trainer(sink)
     loader = DataLoader(MemoryFed(batches * (windows + 2)), batch_size=None)
     trainer.predict(module, loader, return_predictions=False)
     return statistics.median(windows_of(sink.fetched_at, batches)), sink.peaks

@@ -17,7 +17,15 @@ import lightning as L
 import numpy as np
 import torch
 
-from benchmarks.pipeline import EVENTS, PANELS, SIDE, end_to_end, make_module, windows_of
+from benchmarks.pipeline import (
+    EVENTS,
+    PANELS,
+    SIDE,
+    end_to_end,
+    make_module,
+    make_trainer,
+    windows_of,
+)
 from benchmarks.planted import planted_logits
 from callbacks.queue_writer import QueueWriter
 from peaknet_predict.data import QueueDataModule
@@ -133,17 +141,7 @@ def ray_fed(
             run_in_cluster(produce, events, num_events // producers, rate_hz, producers, rank)
 
     writer, clock = QueueWriter(results), Clock(start)
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-true",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[writer, clock],
-        limit_predict_batches=10**9,
-    )
+    trainer = make_trainer(writer, clock)
     trainer.predict(module, datamodule=data, return_predictions=False)
     return clock.moments, writer
 

@@ -109,6 +109,15 @@ def test_a_short_batch_has_the_full_shape_and_no_results_for_its_padding() -> No
     assert net.seen_shapes == [(8, 1, 32, 40)]
 
 
+def test_an_image_without_panels_has_its_peaks_on_panel_0() -> None:
+    event = shot(0, [(0, 7, 9)], shape=(32, 40))
+    images_BPHW = torch.from_numpy(event.image)[None, None]
+    one = EventBatch(images_BPHW, [event], [])
+    (only,) = predict(PeakNetModule(Bright(), chain()), [one])
+    assert only.results[0].peaks.tolist() == [[0.0, 7.0, 9.0]]
+    assert only.results[0].image.shape == (32, 40)
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -7,20 +7,23 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
+from peaknet_predict.doctor import doctor
 from peaknet_predict.queues import (
+    ClusterError,
     NativeQueue,
     QueueAddress,
     QueueError,
     connect_queue,
     run_in_cluster,
 )
-from peaknet_predict.queues.cluster import connect, token_path
+from peaknet_predict.queues.cluster import connect, ensure_private_token, token_path
 from peaknet_predict.types import Event, EventId, Refusal, Result
 from tests.foreign import make_three_method_queue
 
@@ -298,3 +301,41 @@ def test_ranks_that_share_a_reader_all_end_with_their_own_run(address: QueueAddr
     queue.open("q")
     queue.put("q", [event(1)])
     assert queue.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
+
+
+def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with: Ray: 2.48.0")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # connect sets it; here it must not stay
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="another version of Ray or Python.*2.48.0"):
+        connect("auto")
+
+
+def test_doctor_looks_at_the_cluster_and_its_queues(
+    address: QueueAddress, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = native(address)
+    queue.open("feed:7")
+    make_three_method_queue(address.name + "-foreign", address.namespace, 10)
+    names = [address.name, address.name + "-foreign", "gone"]
+    assert doctor(address=cluster, queues=names) == 1
+    said = capsys.readouterr().out
+    assert "open producers: feed:7" in said
+    assert "three methods only" in said
+    assert "there is no queue 'gone'" in said
+
+
+def test_doctor_finds_a_token_that_others_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert doctor() == 1
+    assert f"chmod 600 {token}" in capsys.readouterr().out
+    assert ensure_private_token() == token
+    assert doctor() == 0
