@@ -25,7 +25,7 @@ from peaknet_predict.types import EventBatch, Refusal, Result
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
-_LAST_RANK_S = 600.0  # how long rank 0 waits for the others after its own last result
+_LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
 _LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
 
@@ -308,6 +308,9 @@ class QueueWriter(BasePredictionWriter):
         deadline = time.monotonic() + _LAST_RANK_S
         while not self._roster.wait_ended(timeout_s=10.0):
             missing = self._roster.statistics().open_producers
+            if self._queue.size():
+                # They may be waiting for room, which is the consumer's to make.
+                deadline = time.monotonic() + _LAST_RANK_S
             if time.monotonic() > deadline:
                 log.error("gave up waiting for %s", ", ".join(missing))
                 failure = failure or f"{', '.join(missing)} did not end"
