@@ -20,12 +20,14 @@ from peaknet_predict.balance import BalanceError
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PendingPeaks
 from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
+from peaknet_predict.stopping import stop_requests
 from peaknet_predict.types import EventBatch, Refusal, Result
 
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
 _LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
+_GIVE_UP_S = 30.0  # how long, after a request to stop, a full output queue is waited for
 _LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
 
@@ -38,6 +40,8 @@ class _Outbox:
 
     Attributes
     ----------
+    delivered
+        Results that the output queue has accepted.
     latencies_s
         Seconds from an event's entry into the input queue to the acceptance of its result by the
         output queue, of the latest results whose entry is known.
@@ -45,6 +49,7 @@ class _Outbox:
 
     def __init__(self, queue: Queue, producer: str) -> None:
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self.delivered = 0
         self._queue = queue
         self._producer = producer
         self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
@@ -82,6 +87,7 @@ class _Outbox:
             except BaseException as error:
                 self._error = error
                 return
+            self.delivered += len(results)
             now = time.time()
             self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
 
@@ -143,6 +149,9 @@ class QueueWriter(BasePredictionWriter):
         self._roster: NativeQueue | None = None
         self._producer = ""
         self._last_refusal: Refusal | None = None
+        self._dataset: QueueDataset | None = None
+        self._stop_requested = threading.Event()
+        self._stop_noticed_at: float | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the output queue; all ranks are producers of one stream."""
@@ -167,6 +176,7 @@ class QueueWriter(BasePredictionWriter):
         assert self._roster is not None
         self._queue.open(self._producer, of=trainer.world_size)
         self._outbox = _Outbox(self._queue, self._producer)
+        self._dataset = _dataset(trainer)
 
     def write_on_batch_end(
         self,
@@ -196,11 +206,14 @@ class QueueWriter(BasePredictionWriter):
             If an event was received and neither predicted nor refused, if all were refused, or if
             the stream has not been read whole.
         """
-        self._drain()
+        with stop_requests() as self._stop_requested:
+            self._drain()
         problem = self._imbalance(trainer)
-        self._sign_off(trainer, problem)
         self._log_balance(trainer)
-        if problem is not None:
+        problem = self._sign_off(trainer, problem)
+        # The other ranks have told rank 0 what is wrong with theirs. If they ended with an error
+        # themselves, Lightning would kill rank 0 while it still delivers.
+        if problem is not None and trainer.is_global_zero:
             raise BalanceError(problem)
 
     def on_exception(
@@ -212,8 +225,8 @@ class QueueWriter(BasePredictionWriter):
         while self._pending:
             try:
                 self._collect()
-            except Exception:
-                log.exception("a batch is lost")
+            except Exception as error:
+                log.error("a batch is lost: %s", error)
         try:
             self._drain()
         except Exception:
@@ -261,7 +274,7 @@ class QueueWriter(BasePredictionWriter):
     def _push(self) -> None:
         assert self._outbox is not None
         if self._results:
-            self._outbox.put(self._results, self.check_consumer)
+            self._outbox.put(self._results, self._check_waiting)
         self._results = []
         self._batches_accumulated = 0
 
@@ -270,7 +283,22 @@ class QueueWriter(BasePredictionWriter):
         while self._pending:
             self._collect()
         self._push()
-        self._outbox.close(self.check_consumer)
+        self._outbox.close(self._check_waiting)
+
+    def _check_waiting(self) -> None:
+        """Raise if waiting for room in the output queue has become pointless."""
+        self.check_consumer()
+        dataset = self._dataset
+        if not (self._stop_requested.is_set() or (dataset and dataset.stop_requested)):
+            return
+        if self._stop_noticed_at is None:
+            self._stop_noticed_at = time.monotonic()
+        if time.monotonic() - self._stop_noticed_at > _GIVE_UP_S:
+            assert self._outbox is not None
+            raise BalanceError(
+                f"interrupted while the output queue is full: {self._outbox.delivered} results "
+                f"were delivered, the others of {self.predicted} predicted are lost"
+            )
 
     def _count_refusal(self, refusal: Refusal) -> None:
         self.refused += 1
@@ -292,19 +320,22 @@ class QueueWriter(BasePredictionWriter):
                 f"received {dataset.received} events, but predicted {self.predicted} and refused "
                 f"{self.refused}"
             )
-        if self.refused and not self.predicted:
+        if self.refused and not self.predicted and trainer.world_size == 1:
             return f"all {self.refused} events were refused; the last one was {self._last_refusal}"
         return None
 
-    def _sign_off(self, trainer: L.Trainer, failure: str | None) -> None:
-        """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers."""
+    def _sign_off(self, trainer: L.Trainer, failure: str | None) -> str | None:
+        """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers.
+
+        Returns what is wrong with the run: with this rank, or, on rank 0, with any.
+        """
         assert self._queue is not None
         assert self._roster is not None
         if self._queue.native:
             self._queue.close(self._producer, failure, self.num_consumers)
         self._roster.close(self._producer, failure)
         if not trainer.is_global_zero:
-            return
+            return failure
         deadline = time.monotonic() + _LAST_RANK_S
         while not self._roster.wait_ended(timeout_s=10.0):
             missing = self._roster.statistics().open_producers
@@ -316,8 +347,12 @@ class QueueWriter(BasePredictionWriter):
                 failure = failure or f"{', '.join(missing)} did not end"
                 break
             log.info("waiting for %s to push its last results", ", ".join(missing))
+        failures = self._roster.statistics().failures
+        if failure is None and failures:
+            failure = "; ".join(f"{who}: {what}" for who, what in failures.items())
         if not self._queue.native:
             self._queue.close(self._producer, failure, self.num_consumers)
+        return failure
 
 
 def _dataset(trainer: L.Trainer) -> QueueDataset | None:

@@ -29,6 +29,9 @@ _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a
   feed        push events from files or the simulator into an input queue
   write-cxi   write results from an output queue to CXI files
   doctor      check installation, GPU, Ray and a configuration, and say what to do
+
+exit codes: 0 done, every event accounted for; 1 could not do it, the log's last line says why;
+            2 wrong command line or configuration; 3 ended, but interrupted or incomplete
 """
 
 
@@ -115,6 +118,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return EXIT_INCOMPLETE
     except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
+        return EXIT_FAILED
+    except ValueError as error:
+        # Of a setting, nearly always: the sentence is what helps, a traceback hides it.
+        log.error("%s", error)
+        log.debug("where that was", exc_info=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         log.error("stopped at once; what was under way is lost")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peaknet_predict.cxi import CxiStatistics, CxiWriteError, CxiWriter
-from peaknet_predict.queues import Queue, QueueAddress, connect_queue
+from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.stopping import stop_requests
 from peaknet_predict.types import Event, Refusal, Result
@@ -58,6 +58,9 @@ class ConsumeReport:
             f"taken {self.taken} = written {self.cxi.written} + filtered {self.cxi.filtered} + "
             f"refused {self.refused}, in {len(self.cxi.files)} files"
         )
+        lost = self.taken - self.cxi.written - self.cxi.filtered - self.refused
+        if lost:
+            text += f"; LOST {lost} that could not be written"
         if self.cxi.truncated:
             text += f"; {self.cxi.truncated} events had more peaks than a file's lists hold"
         return text
@@ -113,15 +116,20 @@ def write_cxi(
 def drain(queue: Queue, writer: CxiWriter) -> ConsumeReport:
     """Write everything that comes out of a connected queue until its stream ends."""
     report = ConsumeReport(cxi=writer.statistics)
+    if isinstance(queue, NativeQueue):
+        queue.mention_leftovers()
     reader = f"write-cxi:{secrets.token_hex(4)}"
     ended = False
     with stop_requests() as stop:
-        while not ended and not stop.is_set():
-            taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
-            report.taken += len(taken)
-            for item in taken:
-                _write_one(writer, item, report, stop)
-        _until_written(writer.close, stop)
+        try:
+            while not ended and not stop.is_set():
+                taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
+                report.taken += len(taken)
+                for item in taken:
+                    _write_one(writer, item, report, stop)
+            _until_written(writer.close, stop)
+        except CxiWriteError as error:
+            log.error("gave up: %s", error)
     report.failures = queue.failures
     report.interrupted = not ended
     return report

@@ -19,6 +19,7 @@ from peaknet_predict.feed import feed
 from peaknet_predict.queues import (
     ClusterError,
     ClusterTask,
+    NativeQueue,
     Queue,
     QueueAddress,
     QueueError,
@@ -185,6 +186,11 @@ class QueueDataset(IterableDataset[EventBatch]):
         """Return how many events wait in the queue."""
         return self._queue.size()
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has come."""
+        return self._stop_requested.is_set()
+
     def problem(self) -> str | None:
         """Say why, at the end of the loop, the stream has not been read whole; None if it has."""
         if self.interrupted:
@@ -314,7 +320,9 @@ class QueueDataModule(L.LightningDataModule):
         if self.trainer.is_global_zero:
             try:
                 cluster = connect(self.address)
-                connect_queue(self.queue_address, "events")
+                found = connect_queue(self.queue_address, "events")
+                if isinstance(found, NativeQueue):
+                    found.mention_leftovers()
             except (ClusterError, QueueError) as error:
                 problem = error
         reader = f"predict:{secrets.token_hex(4)}"

@@ -40,6 +40,7 @@ def doctor(
     queues: list[str] | None = None,
     namespace: str = NAMESPACE,
     directory: str | None = None,
+    close_producers: bool = False,
 ) -> int:
     """Check installation, GPU and Ray's security, and what is named; print a line for each.
 
@@ -56,6 +57,9 @@ def doctor(
         Ray namespace of the queues.
     directory
         Where CXI files are to go: must be writable and have room.
+    close_producers
+        Close, in the named queues, the parts of the stream of producers that were killed and could
+        not do so; readers then get what is left and end. Only when none of them is running.
 
     Returns
     -------
@@ -64,7 +68,7 @@ def doctor(
     """
     checks: list[Callable[[], Iterator[Finding]]] = [_check_packages, _check_gpu, _check_token]
     if address is not None:
-        checks.append(lambda: _check_cluster(address, queues or [], namespace))
+        checks.append(lambda: _check_cluster(address, queues or [], namespace, close_producers))
     elif queues:
         raise ValueError("to look for queues, give the cluster's address too, e.g. --address auto")
     if directory is not None:
@@ -139,7 +143,9 @@ def _check_token() -> Iterator[Finding]:
         yield Finding("ok", f"Ray token {path} is readable by its owner only")
 
 
-def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[Finding]:
+def _check_cluster(
+    address: str, queues: list[str], namespace: str, close_producers: bool
+) -> Iterator[Finding]:
     import ray
 
     try:
@@ -165,6 +171,10 @@ def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[
             if isinstance(queue, NativeQueue):
                 producers = queue.statistics().open_producers
                 state = f"; open producers: {', '.join(producers) or 'none'}"
+                if close_producers:
+                    for producer in producers:
+                        queue.close(producer, failure="closed by peaknet-predict doctor")
+                    state += ", now closed" if producers else ""
             yield Finding("ok", f"queue {name!r}: {queue.size()} waiting ({whose}){state}")
             break
         else:

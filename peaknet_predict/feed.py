@@ -117,8 +117,7 @@ def push(
                     break
                 for event in chunk:
                     event.put_at = time.time()
-                queue.put(producer, chunk)
-                fed += len(chunk)
+                fed += queue.put(producer, chunk, stop)
             failure = "interrupted" if stop.is_set() else None
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"

@@ -344,6 +344,33 @@ def test_an_interrupted_feed_says_that_the_stream_is_incomplete(
     assert idx == list(range(statistics.accepted)), "numbered on through every pass of the loop"
 
 
+def test_a_feed_that_waits_for_room_can_be_interrupted(
+    cluster: str, queues: tuple[str, str], simulator_yaml: Path, tmp_path: Path
+) -> None:
+    feed = start(
+        *("feed", "-c", simulator_yaml, "--address", cluster, "--queue.max_events", 5),
+        cwd=tmp_path,
+    )
+    queue = connect_queue(QueueAddress(queues[0], max_events=5), "events")
+    assert isinstance(queue, NativeQueue)
+    wait_until(lambda: queue.size() == 5)
+    feed.send_signal(signal.SIGTERM)
+    assert "fed 5 events" in finish(feed, expected=3)
+
+
+def test_bad_values_are_one_line_not_a_traceback(tmp_path: Path) -> None:
+    name = ("--queue.name", "q")
+    for words, reason in [
+        (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be positive"),
+        (("feed", *name, "--source", "NpzSource", "--source.path", "no.npz"), "no.npz"),
+    ]:
+        said = start(*words, cwd=tmp_path)
+        out, _ = said.communicate(timeout=60)
+        assert said.returncode in (1, 2)
+        assert reason in out
+        assert "Traceback" not in out
+
+
 def test_an_interrupted_prediction_delivers_what_it_took(
     cluster: str, queues: tuple[str, str], predict_yaml: Path, simulator_yaml: Path, tmp_path: Path
 ) -> None:

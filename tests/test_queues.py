@@ -326,6 +326,10 @@ def test_doctor_looks_at_the_cluster_and_its_queues(
     assert "open producers: feed:7" in said
     assert "three methods only" in said
     assert "there is no queue 'gone'" in said
+    assert queue.get("r", 1, 0.1) == ([], False), "a killed producer would keep its readers waiting"
+    doctor(address=cluster, queues=[address.name], close_producers=True)
+    assert queue.get("r", 1, 0.1) == ([], True)
+    assert queue.failures == {"feed:7": "closed by peaknet-predict doctor"}
 
 
 def test_doctor_finds_a_token_that_others_can_read(

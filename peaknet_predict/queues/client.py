@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,15 @@ class QueueAddress:
     max_bytes: int = 2 * 1024**3
     idle_timeout_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("a queue needs a name")
+        if self.max_events < 1 or self.max_bytes < 1 or self.idle_timeout_s <= 0:
+            raise ValueError(
+                f"queue {self.name!r}: max_events, max_bytes and idle_timeout_s must be positive; "
+                f"got {self.max_events}, {self.max_bytes} and {self.idle_timeout_s}"
+            )
+
 
 class Queue(Protocol):
     """What the rest of the program does with a queue, whichever actor is behind it."""
@@ -77,8 +87,13 @@ class Queue(Protocol):
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
         """End a producer's part of the stream."""
 
-    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
-        """Put all records, waiting for room as long as it takes."""
+    def put(
+        self,
+        producer: str,
+        records: Sequence[Event | Result],
+        stop: threading.Event | None = None,
+    ) -> int:
+        """Put records, waiting for room until ``stop`` is set; return how many were accepted."""
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records`` within ``timeout_s``; True at the end of the stream."""
@@ -139,6 +154,14 @@ def connect_queue(
         raise QueueError(
             f"queue {address.name!r} holds {description.kind}, but {kind} are expected here; "
             "input and output need queues of different names"
+        )
+    if (description.max_events, description.max_bytes) != (address.max_events, address.max_bytes):
+        log.warning(
+            "queue %r is there already and holds up to %d events and %d bytes, whatever is "
+            "configured here",
+            address.name,
+            description.max_events,
+            description.max_bytes,
         )
     return NativeQueue(handle, address, kind)
 
@@ -203,8 +226,18 @@ class NativeQueue:
         """End a producer's part of the stream; ``failure`` says why it is incomplete."""
         self._call("close", producer, failure, end_markers)
 
-    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
-        """Put all records in order, waiting for room as long as it takes.
+    def put(
+        self,
+        producer: str,
+        records: Sequence[Event | Result],
+        stop: threading.Event | None = None,
+    ) -> int:
+        """Put records in order, waiting for room until ``stop`` is set; by default for ever.
+
+        Returns
+        -------
+        int
+            How many were accepted: all, unless ``stop`` was set.
 
         Raises
         ------
@@ -212,14 +245,19 @@ class NativeQueue:
             If the queue's actor is gone.
         """
         patience = _Patience(f"queue {self._name!r} is full; waiting")
+        accepted = 0
         for left in _by_size(records):
             while left:
+                if stop is not None and stop.is_set():
+                    return accepted
                 taken = self._call("put_many", producer, left, _POLL_S)
                 left = left[taken:]
+                accepted += taken
                 if taken:
                     patience.reset()
                 else:
                     patience.mention()
+        return accepted
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records``, waiting up to ``timeout_s`` for the first; True at the end.
@@ -250,6 +288,16 @@ class NativeQueue:
     def statistics(self) -> Any:
         """Return the queue's `QueueStatistics`."""
         return self._call("statistics")
+
+    def mention_leftovers(self) -> None:
+        """Say in the log if what is in the queue was put by a run that has already ended."""
+        statistics = self.statistics()
+        if statistics.ended and statistics.ready:
+            log.warning(
+                "queue %r still holds %d events of a stream that has ended; they come first",
+                self._name,
+                statistics.ready,
+            )
 
     def _decode(self, record: Record) -> list[Taken]:
         if not isinstance(record, ForeignItem):
@@ -315,14 +363,27 @@ class ForeignQueue:
         for _ in range(end_markers):
             self._put_item(marker)
 
-    def put(self, producer: str, records: Sequence[Event | Result]) -> None:
-        """Put all records, retrying with back-off and jitter while the queue answers False."""
+    def put(
+        self,
+        producer: str,
+        records: Sequence[Event | Result],
+        stop: threading.Event | None = None,
+    ) -> int:
+        """Put records, retrying with back-off and jitter until ``stop`` is set; results together.
+
+        Returns
+        -------
+        int
+            How many were accepted: all, unless ``stop`` was set.
+        """
+        accepted = 0
         results = [record for record in records if isinstance(record, Result)]
-        if results:
-            self._put_item(results_to_item(results))
+        if results and self._put_item(results_to_item(results), stop):
+            accepted += len(results)
         for record in records:
-            if isinstance(record, Event):
-                self._put_item(event_to_item(record))
+            if isinstance(record, Event) and self._put_item(event_to_item(record), stop):
+                accepted += 1
+        return accepted
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records`` items within ``timeout_s``; True after the idle time."""
@@ -366,7 +427,7 @@ class ForeignQueue:
         self._items_taken += 1
         return _decode_item(self._kind, record, self._stream)
 
-    def _put_item(self, item: Any) -> None:
+    def _put_item(self, item: Any, stop: threading.Event | None = None) -> bool:
         import ray
 
         patience = _Patience(f"queue {self._address.name!r} is full; waiting")
@@ -374,10 +435,13 @@ class ForeignQueue:
         # One object for all tries; Ray hands the actor the value, not the reference.
         reference = ray.put(item)
         while not self._call([("put", (reference,))])[0]:
+            if stop is not None and stop.is_set():
+                return False
             patience.mention()
             # Jitter keeps several producers from knocking at the same moments.
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, 1.0)
+        return True
 
     def _call(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         import ray

@@ -84,6 +84,9 @@ def connect(address: str) -> str:
     ClusterError
         If there is no such cluster, its token is another one, or it runs another Ray or Python.
     """
+    if address == "auto":
+        # As Ray does; but here, so that the checks below see the address.
+        address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "local" or _is_loopback(address):
         keep_to_loopback()
     if address == "local":
