@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,24 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    """TF32, cuDNN's default for float32 convolutions, would round to 10 bits on the GPU alone."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 class Steps(nn.Module):
     """Logits that are the images' own pixels, coarse or enlarged, through one convolution."""
 
     def __init__(self, coarse: bool) -> None:
         super().__init__()
-        self.pool = nn.Conv2d(1, 2, 4, stride=4, bias=False)
+        self.pool = nn.Conv2d(1, 2, 4, stride=4)
         with torch.no_grad():
             self.pool.weight.zero_()
             self.pool.weight[1] = 1 / 16
+            # A threshold of one sigma, well away from the background's own values.
+            self.pool.bias.copy_(torch.tensor([0.0, -1.0]))  # type: ignore[union-attr]
         self.coarse_stride = 4 if coarse else None
 
     def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
@@ -63,9 +73,9 @@ class Collect(L.Callback):
 def make_batches(
     sizes: list[int], batch_size: int, shape: tuple[int, int, int], dtype: str = "float32"
 ) -> list[EventBatch]:
-    seed = int(torch.randint(0, 2**31, (1,)).item())
-    print("seed", seed)
-    random = np.random.default_rng(seed)
+    # A fixed seed: the devices' sums differ in the last bits, and in some data a pixel lies so
+    # close to the threshold that its class depends on them. The finder's own tests take fresh data.
+    random = np.random.default_rng(7)
     batches, idx = [], 0
     for size in sizes:
         events = []
@@ -120,8 +130,6 @@ def assert_same(these: list[PeakBatch], those: list[PeakBatch]) -> None:
 @pytest.mark.parametrize("coarse", [False, True])
 def test_the_gpu_gives_the_cpus_peaks(coarse: bool, dtype: str) -> None:
     batches = make_batches([4, 4, 4, 4, 1], 4, (3, 185, 250), dtype)
-    # Sums over an image differ in the last bits between the devices: binary weights and whole
-    # counts keep every comparison with the threshold the same in practice.
     on_cpu = predict(module(Steps(False)), batches, accelerator="cpu")
     on_gpu = predict(module(Steps(coarse)), batches, accelerator="gpu")
     assert sum(len(r.peaks) for b in on_cpu for r in b.results) > 50
