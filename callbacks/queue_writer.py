@@ -176,7 +176,8 @@ class QueueWriter(BasePredictionWriter):
         assert self._roster is not None
         self._queue.open(self._producer, of=trainer.world_size)
         self._outbox = _Outbox(self._queue, self._producer)
-        self._dataset = _dataset(trainer)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        self._dataset = datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
 
     def write_on_batch_end(
         self,
@@ -238,7 +239,7 @@ class QueueWriter(BasePredictionWriter):
             log.exception("the end of the stream could not be marked")
 
     def _log_balance(self, trainer: L.Trainer) -> None:
-        dataset = _dataset(trainer)
+        dataset = self._dataset
         received = self.predicted + self.refused if dataset is None else dataset.received
         lost = received - self.predicted - self.refused
         log.info(
@@ -309,7 +310,7 @@ class QueueWriter(BasePredictionWriter):
             log.warning("further refusals are counted, but not shown")
 
     def _imbalance(self, trainer: L.Trainer) -> str | None:
-        dataset = _dataset(trainer)
+        dataset = self._dataset
         if dataset is None:
             return None
         problem = dataset.problem()
@@ -353,11 +354,6 @@ class QueueWriter(BasePredictionWriter):
         if not self._queue.native:
             self._queue.close(self._producer, failure, self.num_consumers)
         return failure
-
-
-def _dataset(trainer: L.Trainer) -> QueueDataset | None:
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    return datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
 
 
 def _roster(address: QueueAddress) -> NativeQueue:

@@ -170,4 +170,6 @@ def _until_written(write: Callable[[], object], stop: threading.Event) -> None:
             if tries_left == 0:
                 raise
             log.error("%s; trying again in %.0f s", error, _RETRY_S)
-            stop.wait(_RETRY_S) if not stop.is_set() else time.sleep(_RETRY_S)
+            # Once it is set, waiting for the request would not wait at all.
+            pause = time.sleep if stop.is_set() else stop.wait
+            pause(_RETRY_S)

@@ -34,11 +34,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.types import EventId, Image, Peaks, Result
+from peaknet_predict.types import JOULES_PER_EV, EventId, Image, Peaks, Result
 
 CXI_VERSION = 160
-JOULES_PER_EV = 1.602176634e-19
-"""Exact: the elementary charge in coulombs (SI, 2019)."""
 
 COLUMNS = ("peakXPosRaw", "peakYPosRaw", "peakTotalIntensity", "peakMaximumValue", "peakSNR")
 

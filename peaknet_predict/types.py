@@ -29,6 +29,10 @@ Peaks = npt.NDArray[np.float64]
 origin, pixel centres on integers."""
 
 
+JOULES_PER_EV = 1.602176634e-19
+"""Exact: the elementary charge in coulombs (SI, 2019)."""
+
+
 class EventId(NamedTuple):
     """Which event this is; unique for as long as a queue lives.
 

@@ -19,7 +19,7 @@ from peaknet_predict.sources.base import (
     resolve_paths,
     unreadable,
 )
-from peaknet_predict.types import Image
+from peaknet_predict.types import JOULES_PER_EV, Image
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,7 @@ LCLS_ENERGY = "/LCLS/photon_energy_eV"
 CXI_ENERGY = "/entry_1/instrument_1/source_1/energy"
 """Where the CXI format has the photon energy, in joules (CXI file format, version 1.5, source)."""
 
-JOULE_PER_EV = 1.602176634e-19
-"""Exact in the SI of 2019."""
-
-EV_PER_UNIT = {"eV": 1.0, "keV": 1e3, "J": 1.0 / JOULE_PER_EV}
+EV_PER_UNIT = {"eV": 1.0, "keV": 1e3, "J": 1.0 / JOULES_PER_EV}
 """Units that a dataset's attribute ``units`` may name."""
 
 
