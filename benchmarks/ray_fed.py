@@ -65,7 +65,7 @@ def discard(queue: QueueAddress) -> int:
     client = connect_queue(queue, "results")
     taken, ended = 0, False
     while not ended:
-        results, ended = client.get("discard", 32, 1.0)
+        results, ended = client.take("discard", 32, 1.0)
         taken += len(results)
     return taken
 
@@ -78,7 +78,7 @@ def relay(name: str, producers: int, num_events: int) -> float:
         run_in_cluster(produce, queue, num_events // producers, None, producers, rank)
     taken, ended, began = 0, False, 0.0
     while not ended:
-        events, ended = client.get("relay", 32, 1.0)
+        events, ended = client.take("relay", 32, 1.0)
         if events and not began:
             began = time.perf_counter()  # the producers' start-up is not the rate
             continue

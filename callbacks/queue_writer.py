@@ -19,15 +19,21 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from peaknet_predict.balance import BalanceError
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PendingPeaks
-from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
-from peaknet_predict.stopping import stop_requests
-from peaknet_predict.types import EventBatch, Refusal, Result
+from peaknet_predict.queues import (
+    NativeQueue,
+    Queue,
+    QueueAddress,
+    QueueError,
+    connect_queue,
+)
+from peaknet_predict.stopping import GRACE_S, stop_requests
+from peaknet_predict.types import EventBatch, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
+_RANK_TIMEOUT_S = 30.0  # after so long without a sign of life a rank counts as dead
 _LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
-_GIVE_UP_S = 30.0  # how long, after a request to stop, a full output queue is waited for
 _LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
 
@@ -37,6 +43,7 @@ class _Outbox:
 
     Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
     batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
+    ``accepted`` is called with the events whose results the output queue has.
 
     Attributes
     ----------
@@ -47,11 +54,14 @@ class _Outbox:
         output queue, of the latest results whose entry is known.
     """
 
-    def __init__(self, queue: Queue, producer: str) -> None:
+    def __init__(
+        self, queue: Queue, producer: str, accepted: Callable[[list[EventId]], None]
+    ) -> None:
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self.delivered = 0
         self._queue = queue
         self._producer = producer
+        self._accepted = accepted
         self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
@@ -84,6 +94,7 @@ class _Outbox:
         while (results := self._waiting.get()) is not None:
             try:
                 self._queue.put(self._producer, results)
+                self._accepted([result.id for result in results])
             except BaseException as error:
                 self._error = error
                 return
@@ -94,6 +105,9 @@ class _Outbox:
 
 class QueueWriter(BasePredictionWriter):
     """Push ``(image, peaks, photon energy)`` of every event into the output queue.
+
+    An event is acknowledged in the input queue once the output queue has its result; what cannot be
+    processed goes into the input queue's quarantine.
 
     Waiting for room in the output queue is the back-pressure of the whole program: while it is
     full, nothing more is taken from the input queue.
@@ -140,6 +154,7 @@ class QueueWriter(BasePredictionWriter):
         self.refused = 0
         self.peaks = 0
         self.hits = 0
+        self._given_back = 0
         self.check_consumer: Callable[[], None] = lambda: None
         self._pending: deque[PendingPeaks] = deque()
         self._results: list[Result] = []
@@ -147,7 +162,7 @@ class QueueWriter(BasePredictionWriter):
         self._queue: Queue | None = None
         self._outbox: _Outbox | None = None
         self._roster: NativeQueue | None = None
-        self._producer = ""
+        self._producer = self._run = ""
         self._last_refusal: Refusal | None = None
         self._dataset: QueueDataset | None = None
         self._stop_requested = threading.Event()
@@ -155,29 +170,36 @@ class QueueWriter(BasePredictionWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the output queue; all ranks are producers of one stream."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        self._dataset = datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
+        # A run that takes the place of one that was killed can tell that it is: same input queue.
+        source = uuid4().hex[:8] if self._dataset is None else self._dataset.queue.uid
+        self._run = f"predict:{trainer.strategy.broadcast(source)}:"
         run = trainer.strategy.broadcast(uuid4().hex[:8])
-        producers = [f"predict:{run}:rank{rank}" for rank in range(trainer.world_size)]
+        producers = [f"{self._run}{run}:rank{rank}" for rank in range(trainer.world_size)]
         self._producer = producers[trainer.global_rank]
-        # The ranks sign off on a roster of their own, so that rank 0 knows when the last one has
-        # pushed its last result, whatever kind of queue the output is and whoever else writes to
-        # it. It belongs to rank 0, which leaves last.
-        roster = QueueAddress(f"{self.queue_address.name}.roster.{run}")
+        # Several ranks sign off on a roster of their own, so that rank 0 knows when the last one
+        # has pushed its last result, whatever kind of queue the output is and whoever else writes
+        # to it. It belongs to rank 0, which leaves last.
+        roster = QueueAddress(
+            f"{self.queue_address.name}.roster.{run}", producer_timeout_s=_RANK_TIMEOUT_S
+        )
         if trainer.is_global_zero:
-            self._roster = _roster(roster)
-            # All of them by rank 0: a rank that dies before it gets here is missed, too.
-            for producer in producers:
-                self._roster.open(producer, of=trainer.world_size)
+            if trainer.world_size > 1:
+                self._roster = _roster(roster)
+                # All of them by rank 0: a rank that dies before it gets here is missed, too.
+                for producer in producers:
+                    self._roster.announce(producer, of=trainer.world_size)
             self._queue = connect_queue(self.queue_address, "results")
         trainer.strategy.barrier("the output queue and the roster exist")
         if not trainer.is_global_zero:
             self._roster = _roster(roster)
             self._queue = connect_queue(self.queue_address, "results")
         assert self._queue is not None
-        assert self._roster is not None
+        if self._roster is not None:
+            self._roster.open(self._producer, of=trainer.world_size)
         self._queue.open(self._producer, of=trainer.world_size)
-        self._outbox = _Outbox(self._queue, self._producer)
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        self._dataset = datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
+        self._outbox = _Outbox(self._queue, self._producer, self._acknowledge)
 
     def write_on_batch_end(
         self,
@@ -194,6 +216,8 @@ class QueueWriter(BasePredictionWriter):
         try:
             while self._pending and self._pending[0].done():
                 self._collect()
+            if not batch.events and not batch.refused:
+                self._push()  # a reminder: somebody waits for what is here
         except StopIteration as error:
             # Lightning takes a StopIteration for the end of the data and reports success.
             raise RuntimeError("a result could not be fetched") from error
@@ -207,9 +231,12 @@ class QueueWriter(BasePredictionWriter):
             If an event was received and neither predicted nor refused, if all were refused, or if
             the stream has not been read whole.
         """
-        with stop_requests() as self._stop_requested:
+        grace_s = GRACE_S if self._dataset is None else self._dataset.grace_s
+        with stop_requests(grace_s) as self._stop_requested:
             self._drain()
         problem = self._imbalance(trainer)
+        if self._dataset is not None:
+            self._given_back += self._dataset.release()
         self._log_balance(trainer)
         problem = self._sign_off(trainer, problem)
         # The other ranks have told rank 0 what is wrong with theirs. If they ended with an error
@@ -223,32 +250,38 @@ class QueueWriter(BasePredictionWriter):
         """Deliver what is finished; readers learn that the stream is incomplete and why."""
         if self._outbox is None:
             return
+        reason = f"{type(exception).__name__}: {exception}"
         while self._pending:
             try:
                 self._collect()
             except Exception as error:
-                log.error("a batch is lost: %s", error)
+                log.error("a batch could not be processed: %s", error)
         try:
             self._drain()
         except Exception:
             log.exception("results of the last batches could not be delivered")
+        if self._dataset is not None:
+            # What is left may be what caused it; the queue counts, and isolates it in the end.
+            stopped = isinstance(exception, KeyboardInterrupt | BalanceError)
+            self._given_back += self._dataset.release(None if stopped else reason)
         self._log_balance(trainer)
         try:
-            self._sign_off(trainer, f"{type(exception).__name__}: {exception}")
+            self._sign_off(trainer, reason)
         except Exception:
             log.exception("the end of the stream could not be marked")
 
     def _log_balance(self, trainer: L.Trainer) -> None:
         dataset = self._dataset
         received = self.predicted + self.refused if dataset is None else dataset.received
-        lost = received - self.predicted - self.refused
+        rest = received - self.predicted - self.refused
+        back = "given back" if dataset is not None and dataset.queue.native else "lost"
         log.info(
             "rank %d: received %d = predicted %d + refused %d%s; %d peaks",
             trainer.global_rank,
             received,
             self.predicted,
             self.refused,
-            f" + lost {lost}" if lost else "",
+            f" + {back} {rest}" if rest else "",
             self.peaks,
         )
 
@@ -262,12 +295,19 @@ class QueueWriter(BasePredictionWriter):
     def _collect(self) -> None:
         """Fetch the oldest batch's result; push when enough batches are together."""
         peak_batch = self._pending.popleft().result()
-        self._results += peak_batch.results
-        self.predicted += len(peak_batch.results)
-        self.peaks += sum(len(result.peaks) for result in peak_batch.results)
-        self.hits += sum(len(result.peaks) >= self.min_hit_peaks for result in peak_batch.results)
-        for refusal in peak_batch.refused:
+        results, refused = peak_batch.results, list(peak_batch.refused)
+        blind = [result for result in results if result.bad_pixels >= result.image.size]
+        if blind:
+            results = [result for result in results if result.bad_pixels < result.image.size]
+            refused += [Refusal(result.id, "no pixel of the image is finite") for result in blind]
+        self._results += results
+        self.predicted += len(results)
+        self.peaks += sum(len(result.peaks) for result in results)
+        self.hits += sum(len(result.peaks) >= self.min_hit_peaks for result in results)
+        for refusal in refused:
             self._count_refusal(refusal)
+        if refused and self._dataset is not None:
+            self._dataset.refuse(refused)
         self._batches_accumulated += 1
         if self._batches_accumulated >= self.accumulation_steps:
             self._push()
@@ -286,19 +326,26 @@ class QueueWriter(BasePredictionWriter):
         self._push()
         self._outbox.close(self._check_waiting)
 
+    def _acknowledge(self, ids: list[EventId]) -> None:
+        if self._dataset is not None:
+            self._dataset.ack(ids)
+
     def _check_waiting(self) -> None:
         """Raise if waiting for room in the output queue has become pointless."""
         self.check_consumer()
         dataset = self._dataset
+        if dataset is not None:
+            dataset.touch()
         if not (self._stop_requested.is_set() or (dataset and dataset.stop_requested)):
             return
         if self._stop_noticed_at is None:
             self._stop_noticed_at = time.monotonic()
-        if time.monotonic() - self._stop_noticed_at > _GIVE_UP_S:
+        grace_s = GRACE_S if dataset is None else dataset.grace_s
+        if time.monotonic() - self._stop_noticed_at > grace_s:
             assert self._outbox is not None
             raise BalanceError(
                 f"interrupted while the output queue is full: {self._outbox.delivered} results "
-                f"were delivered, the others of {self.predicted} predicted are lost"
+                f"were delivered, the others of {self.predicted} predicted were not"
             )
 
     def _count_refusal(self, refusal: Refusal) -> None:
@@ -331,28 +378,47 @@ class QueueWriter(BasePredictionWriter):
         Returns what is wrong with the run: with this rank, or, on rank 0, with any.
         """
         assert self._queue is not None
-        assert self._roster is not None
+        dataset = self._dataset
         if self._queue.native:
-            self._queue.close(self._producer, failure, self.num_consumers)
-        self._roster.close(self._producer, failure)
+            if dataset is not None and dataset.ended and dataset.queue.native:
+                # Nothing is leased any more: all there is to push has been pushed, by whichever
+                # rank, and no other rank need be waited for.
+                self._queue.vouch(self._run, failure, self.num_consumers)
+            else:
+                self._queue.close(self._producer, failure, self.num_consumers)
+        if self._roster is None:
+            if not self._queue.native:
+                self._queue.close(self._producer, failure, self.num_consumers)
+            return failure
+        try:
+            self._roster.close(self._producer, failure)
+        except QueueError:
+            log.error("rank 0, which is to leave last, is gone")
+            return failure
         if not trainer.is_global_zero:
             return failure
+        failure = self._wait_for_ranks(failure)
+        if not self._queue.native:
+            self._queue.close(self._producer, failure, self.num_consumers)
+        return failure
+
+    def _wait_for_ranks(self, failure: str | None) -> str | None:
+        """Wait until every rank has signed off or fallen silent; return what went wrong."""
+        assert self._queue is not None
+        assert self._roster is not None
         deadline = time.monotonic() + _LAST_RANK_S
-        while not self._roster.wait_ended(timeout_s=10.0):
+        while not self._roster.wait_ended(timeout_s=2.0):
             missing = self._roster.statistics().open_producers
             if self._queue.size():
                 # They may be waiting for room, which is the consumer's to make.
                 deadline = time.monotonic() + _LAST_RANK_S
             if time.monotonic() > deadline:
                 log.error("gave up waiting for %s", ", ".join(missing))
-                failure = failure or f"{', '.join(missing)} did not end"
-                break
+                return failure or f"{', '.join(missing)} did not end"
             log.info("waiting for %s to push its last results", ", ".join(missing))
         failures = self._roster.statistics().failures
         if failure is None and failures:
             failure = "; ".join(f"{who}: {what}" for who, what in failures.items())
-        if not self._queue.native:
-            self._queue.close(self._producer, failure, self.num_consumers)
         return failure
 
 

@@ -13,15 +13,14 @@ from typing import Literal
 from peaknet_predict.cxi import CxiStatistics, CxiWriteError, CxiWriter
 from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
-from peaknet_predict.stopping import stop_requests
-from peaknet_predict.types import Event, Refusal, Result
+from peaknet_predict.stopping import GRACE_S, stop_requests
+from peaknet_predict.types import Event, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
 _EVENTS_PER_GET = 16  # bounds what is taken from the queue beyond what the writer holds
 _RETRY_S = 5.0
-_TRIES_AFTER_STOP = 6
 
 
 @dataclass(slots=True)
@@ -33,7 +32,9 @@ class ConsumeReport:
     taken
         Items taken from the queue.
     refused
-        Items that cannot be written, each named in the log.
+        Items that cannot be written, each named in the log and in the queue's quarantine.
+    given_back
+        Items that could not be written in time and are in the queue again.
     cxi
         The file writer's own counts.
     failures
@@ -44,23 +45,37 @@ class ConsumeReport:
 
     taken: int = 0
     refused: int = 0
+    given_back: int = 0
     cxi: CxiStatistics = field(default_factory=CxiStatistics)
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
+    def unaccounted(self) -> int:
+        """How many of the results taken were neither written, filtered, refused nor given on."""
+        cxi = self.cxi
+        accounted = cxi.written + cxi.filtered + cxi.duplicates + cxi.handed_over
+        return self.taken - accounted - self.refused - self.given_back
+
+    @property
     def balanced(self) -> bool:
-        """Whether every result taken was written, filtered or refused."""
-        return self.taken == self.cxi.written + self.cxi.filtered + self.refused
+        """Whether every result taken was written, filtered or refused, by whomever."""
+        return self.unaccounted == 0 and self.given_back == 0
 
     def __str__(self) -> str:
         text = (
             f"taken {self.taken} = written {self.cxi.written} + filtered {self.cxi.filtered} + "
-            f"refused {self.refused}, in {len(self.cxi.files)} files"
+            f"refused {self.refused}"
         )
-        lost = self.taken - self.cxi.written - self.cxi.filtered - self.refused
-        if lost:
-            text += f"; LOST {lost} that could not be written"
+        for count, what in (
+            (self.cxi.duplicates, "in files already"),
+            (self.cxi.handed_over, "handed over"),
+            (self.given_back, "given back"),
+        ):
+            text += f" + {what} {count}" if count else ""
+        text += f", in {len(self.cxi.files)} files"
+        if self.unaccounted:
+            text += f"; LOST {self.unaccounted} that could not be written"
         if self.cxi.truncated:
             text += f"; {self.cxi.truncated} events had more peaks than a file's lists hold"
         return text
@@ -75,12 +90,15 @@ def write_cxi(
     min_peaks: int = 0,
     max_peaks: int = 2048,
     compression: Literal["none", "gzip"] = "none",
+    grace_s: float = GRACE_S,
 ) -> ConsumeReport:
     """Write results from an output queue to CXI files until the stream ends.
 
-    While files cannot be written (disk full, directory gone) nothing more is taken from the queue,
-    and writing is tried again every few seconds. Ctrl-C and SIGTERM end it after what was taken has
-    been written, or has failed to be for half a minute.
+    A result is acknowledged once its file is on disk under its name. While files cannot be written
+    (disk full, directory gone) nothing more is taken from the queue, and writing is tried again
+    every few seconds. Ctrl-C and SIGTERM end it after what was taken has been written; what cannot
+    be within the grace goes back into the queue. Started again, it knows from the finished files
+    what it has.
 
     Parameters
     ----------
@@ -100,8 +118,11 @@ def write_cxi(
         Peaks listed per event; of more, the strongest are kept and the event is marked.
     compression
         Of the pixels.
+    grace_s
+        How long it may take to its end after Ctrl-C or SIGTERM.
     """
     connect(address)
+    results = connect_queue(queue, "results")
     writer = CxiWriter(
         directory,
         prefix,
@@ -109,67 +130,102 @@ def write_cxi(
         min_peaks=min_peaks,
         max_peaks=max_peaks,
         compression=compression,
+        owner=results.holder,
+        still_ours=results.still_held,
     )
-    return drain(connect_queue(queue, "results"), writer)
+    return drain(results, writer, grace_s)
 
 
-def drain(queue: Queue, writer: CxiWriter) -> ConsumeReport:
+def drain(queue: Queue, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeReport:
     """Write everything that comes out of a connected queue until its stream ends."""
     report = ConsumeReport(cxi=writer.statistics)
     if isinstance(queue, NativeQueue):
         queue.mention_leftovers()
     reader = f"write-cxi:{secrets.token_hex(4)}"
     ended = False
-    with stop_requests() as stop:
+    with stop_requests(grace_s) as stop:
+        storage = _Storage(queue, writer, report, stop, grace_s)
         try:
             while not ended and not stop.is_set():
                 taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
                 report.taken += len(taken)
+                before = {who for one in taken if one.id for who in queue.lost_by(one.id)}
+                if before:
+                    storage.settle(lambda owners=before: writer.fence(owners))  # type: ignore[misc]
                 for item in taken:
-                    _write_one(writer, item, report, stop)
-            _until_written(writer.close, stop)
+                    storage.write(item)
+                if queue.flush_wanted:
+                    storage.settle(writer.flush)
+            storage.settle(writer.close)
         except CxiWriteError as error:
             log.error("gave up: %s", error)
+        report.given_back = queue.release()
     report.failures = queue.failures
     report.interrupted = not ended
     return report
 
 
-def _write_one(
-    writer: CxiWriter,
-    item: Event | Result | Refusal,
-    report: ConsumeReport,
-    stop: threading.Event,
-) -> None:
-    if isinstance(item, Event):
-        item = Refusal(item.id, "an event stands in a queue of results")
-    if isinstance(item, Refusal):
-        report.refused += 1
-        log.warning("refused %s", item)
-        return
-    result = item
-    try:
-        _until_written(lambda: writer.add(result), stop)
-    except ValueError as error:
-        report.refused += 1
-        log.warning("refused %s", Refusal(result.id, str(error)))
+class _Storage:
+    """Writes results, and acknowledges them in the queue once they are safe."""
 
+    def __init__(
+        self,
+        queue: Queue,
+        writer: CxiWriter,
+        report: ConsumeReport,
+        stop: threading.Event,
+        grace_s: float,
+    ) -> None:
+        self._queue = queue
+        self._writer = writer
+        self._report = report
+        self._stop = stop
+        self._grace_s = grace_s
+        self._stop_noticed_at: float | None = None
 
-def _until_written(write: Callable[[], object], stop: threading.Event) -> None:
-    """Repeat until storage takes the file; the events stay in memory meanwhile.
-
-    Who asks to stop is not kept waiting for ever: the error is raised in the end.
-    """
-    tries_left = _TRIES_AFTER_STOP
-    while True:
-        try:
-            write()
+    def write(self, item: Event | Result | Refusal) -> None:
+        """Write one result, or refuse what is none."""
+        if isinstance(item, Event):
+            item = Refusal(item.id, "an event stands in a queue of results")
+        if isinstance(item, Refusal):
+            self._refuse(item)
             return
-        except CxiWriteError as error:
-            tries_left -= stop.is_set()
-            if tries_left == 0:
-                raise
-            log.error("%s; trying again in %.0f s", error, _RETRY_S)
-            # Once it is set, waiting for the request would not wait at all.
-            pause = time.sleep if stop.is_set() else stop.wait
-            pause(_RETRY_S)
+        result = item
+        try:
+            self.settle(lambda: self._writer.add(result))
+        except ValueError as error:
+            self._refuse(Refusal(result.id, str(error)))
+
+    def settle(self, write: Callable[[], list[EventId]]) -> None:
+        """Repeat until storage takes the file, and acknowledge what is in it.
+
+        The events stay in memory and in the queue meanwhile. Who asks to stop is not kept waiting
+        beyond the grace: the error is raised in the end.
+        """
+        while True:
+            try:
+                settled = write()
+                break
+            except CxiWriteError as error:
+                if self._out_of_time():
+                    raise
+                log.error("%s; trying again in %.0f s", error, _RETRY_S)
+                self._queue.touch()
+                # Once it is set, waiting for the request would not wait at all.
+                pause = time.sleep if self._stop.is_set() else self._stop.wait
+                pause(_RETRY_S)
+        if settled:
+            self._queue.ack(settled)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._report.refused += 1
+        log.warning("refused %s", refusal)
+        self._queue.refuse([refusal])
+
+    def _out_of_time(self) -> bool:
+        if not self._stop.is_set():
+            return False
+        if self._stop_noticed_at is None:
+            self._stop_noticed_at = time.monotonic()
+        # Before the try that would come too late.
+        return time.monotonic() + _RETRY_S - self._stop_noticed_at > self._grace_s

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import logging
 import os
 import re
 import secrets
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from peaknet_predict.cxi_file import CxiRow, kind_of, write_cxi_file
+from peaknet_predict.cxi_file import CxiRow, kind_of, read_ids, write_cxi_file
 from peaknet_predict.integrate import integrate_peaks
+from peaknet_predict.keys import KeySet
 from peaknet_predict.types import EventId, Result
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,9 @@ def _next_step(number: int) -> str:
 
 @dataclass(slots=True)
 class CxiStatistics:
-    """What became of the events given to a writer: taken = written + filtered + still in memory.
+    """What became of the events given to a writer.
+
+    ``taken == written + filtered + duplicates + handed_over``, and what is still in memory.
 
     Attributes
     ----------
@@ -59,6 +64,10 @@ class CxiStatistics:
         Events in finished files.
     filtered
         Events left out because they have fewer than `min_peaks` peaks.
+    duplicates
+        Events that were in a finished file already, or twice in memory.
+    handed_over
+        Events that another writer was given, because this one had been silent for too long.
     truncated
         Written events of which only the strongest `max_peaks` peaks are listed.
     without_energy
@@ -70,6 +79,8 @@ class CxiStatistics:
     taken: int = 0
     written: int = 0
     filtered: int = 0
+    duplicates: int = 0
+    handed_over: int = 0
     truncated: int = 0
     without_energy: int = 0
     files: list[Path] = field(default_factory=list)
@@ -82,6 +93,9 @@ class CxiWriter:
     event: they stay, and the next call tries again. A file is written under a temporary name,
     synced to disk and then given the next free number; an existing file is never replaced, even if
     two writers share directory and prefix.
+
+    An event is written once: what finished files of this prefix have is known from the start, and
+    looked up again when an event comes that another writer had before (`fence`).
 
     Parameters
     ----------
@@ -100,6 +114,11 @@ class CxiWriter:
         Of the pixels; ``"gzip"`` takes about five times as long as ``"none"``.
     max_file_bytes
         A file is written when its pixels would exceed this: the bound on the memory used.
+    owner
+        Names this writer among those that share the directory.
+    still_ours
+        Says which events may still be written here. Asked when a file is complete, just before it
+        gets its name: an event that another writer has by now must not be in two files.
 
     Attributes
     ----------
@@ -124,6 +143,8 @@ class CxiWriter:
         max_peaks: int = 2048,
         compression: Literal["none", "gzip"] = "none",
         max_file_bytes: int = 2 * 1024**3,
+        owner: str | None = None,
+        still_ours: Callable[[Collection[EventId]], Collection[EventId]] = lambda ids: ids,
     ) -> None:
         if not re.fullmatch(r"[^./\0][^/\0]*", prefix):
             raise ValueError(f"{prefix!r} is not a file name to start with")
@@ -141,6 +162,10 @@ class CxiWriter:
         self._max_peaks = max_peaks
         self._compression = compression
         self._max_file_bytes = max_file_bytes
+        self._owner = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._still_ours = still_ours
+        self._known = KeySet()
+        self._looked_at: set[str] = set()
         self._rows: list[CxiRow] = []
         self._settled: list[EventId] = []
         self._list_is_stale = False
@@ -157,6 +182,13 @@ class CxiWriter:
             if name.startswith(f".{prefix}.") and name.endswith(".tmp"):
                 leftover = self._directory / name
                 logger.warning("%s is unfinished: delete it unless a writer is at work", leftover)
+        self._look_up()
+        if len(self._known):
+            logger.info(
+                "%s: %d events are in finished files and will not be written again",
+                self._directory,
+                len(self._known),
+            )
 
     def __enter__(self) -> CxiWriter:
         return self
@@ -187,7 +219,8 @@ class CxiWriter:
         Returns
         -------
         list of EventId
-            Events that nobody needs to keep any longer: filtered, or in a finished file.
+            Events that nobody needs to keep any longer: filtered, or in a finished file, of this
+            writer or of an earlier one.
 
         Raises
         ------
@@ -200,6 +233,13 @@ class CxiWriter:
         """
         if self._closed:
             raise ValueError("this writer is closed")
+        in_memory = any(row.result.id == result.id for row in self._rows)
+        if in_memory or result.id in self._known:
+            self.statistics.taken += 1
+            self.statistics.duplicates += 1
+            if not in_memory:
+                self._settled.append(result.id)
+            return self._take_settled()
         if len(result.peaks) < self._min_peaks:
             self.statistics.taken += 1
             self.statistics.filtered += 1
@@ -214,9 +254,37 @@ class CxiWriter:
             try:
                 self._write_file()
             except CxiWriteError:
-                self._rows.pop()
-                self.statistics.taken -= 1
+                if any(other is row for other in self._rows):  # or it was handed over
+                    self._rows.pop()
+                    self.statistics.taken -= 1
                 raise
+        return self._take_settled()
+
+    def fence(self, owners: Iterable[str]) -> list[EventId]:
+        """Take over from writers that fell silent: call it before `add`-ing what they had.
+
+        Their unfinished files go, so that one of them that only slept cannot finish it any more;
+        what they had finished before is known from now on.
+
+        Returns
+        -------
+        list of EventId
+            As `add`.
+
+        Raises
+        ------
+        CxiWriteError
+            If the directory cannot be read or changed.
+        """
+        try:
+            for owner in owners:
+                if owner != self._owner:
+                    pattern = f".{glob.escape(self._prefix)}.{glob.escape(owner)}.*.tmp"
+                    for path in self._directory.glob(pattern):
+                        path.unlink(missing_ok=True)
+            self._look_up()
+        except OSError as error:
+            raise _write_error(self._directory, error, "Nothing was written. ") from error
         return self._take_settled()
 
     def flush(self) -> list[EventId]:
@@ -296,26 +364,65 @@ class CxiWriter:
     def _write_file(self) -> None:
         """Write all events in memory to one file, and forget them once it is finished."""
         rows = self._rows
-        temporary = self._directory / f".{self._prefix}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        name = f".{self._prefix}.{self._owner}.{secrets.token_hex(4)}.tmp"
+        temporary = self._directory / name
         try:
             with open(temporary, "xb+", buffering=0) as raw:
                 write_cxi_file(raw, rows, self._max_peaks, self._compression)
                 os.fsync(raw.fileno())
-            path = self._publish(temporary)
+            # Asked while the file exists: whoever takes over later deletes it, and the next step
+            # then fails.
+            lost = {row.result.id for row in rows}
+            lost.difference_update(self._still_ours(lost))
+            path = None if lost else self._publish(temporary)
         except (OSError, RuntimeError) as error:
             stay = f"The {len(rows)} events of the file stay in memory. "
             raise _write_error(self._directory, error, stay) from error
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        if path is None:
+            self._hand_over(lost)
+            return
         self._rows = []
         self._count(path, rows)
+        self._looked_at.add(path.name)
+        for row in rows:
+            self._known.add(row.result.id)
         self._settled += [row.result.id for row in rows]
         try:
             self._update_list()
         except CxiWriteError as error:
             # The events are safe; the list is made anew with the next file, or in close().
             logger.warning("%s", error)
+
+    def _hand_over(self, lost: set[EventId]) -> None:
+        """Leave out what others write; the rest goes into a file of its own."""
+        self._rows = [row for row in self._rows if row.result.id not in lost]
+        self.statistics.handed_over += len(lost)
+        logger.warning("%d events were given to another writer meanwhile", len(lost))
+        if self._rows:
+            self._write_file()
+
+    def _look_up(self) -> None:
+        """Read which events are in finished files that have not been looked at yet."""
+        pattern = self._name_pattern()
+        for name in sorted(os.listdir(self._directory)):
+            if name in self._looked_at or not pattern.fullmatch(name):
+                continue
+            self._looked_at.add(name)
+            try:
+                for key in read_ids(self._directory / name):
+                    self._known.add(key)
+            except (OSError, KeyError) as error:
+                logger.warning(
+                    "%s says not which events are in it (%s): they would be written again",
+                    self._directory / name,
+                    error,
+                )
+
+    def _name_pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self._prefix) + r"_(\d{4,})\.cxi")
 
     def _count(self, path: Path, rows: list[CxiRow]) -> None:
         statistics = self.statistics
@@ -329,7 +436,7 @@ class CxiWriter:
 
     def _publish(self, temporary: Path) -> Path:
         """Give a finished file the next free number, durably."""
-        pattern = re.compile(re.escape(self._prefix) + r"_(\d{4,})\.cxi")
+        pattern = self._name_pattern()
         taken = [
             int(match[1])
             for entry in os.listdir(self._directory)

@@ -240,6 +240,14 @@ class CxiEvent:
     bad_pixels: int
 
 
+def read_ids(path: str | Path) -> list[EventId]:
+    """Return the identities of a file's events; raises as `read_cxi` does."""
+    with h5py.File(path, "r") as file:
+        own = file["entry_1/peaknet_predict"]
+        columns = own["stream"].asstr()[:], own["rank"][:], own["idx"][:]
+        return [EventId(str(s), int(r), int(i)) for s, r, i in zip(*columns, strict=True)]
+
+
 def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
     """Read the events of a file that `CxiWriter` wrote, one at a time, in order.
 

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -28,13 +28,14 @@ from peaknet_predict.queues import (
 )
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
-from peaknet_predict.stopping import stop_requests
-from peaknet_predict.types import Event, EventBatch, Image, Refusal, Result
-from peaknet_predict.wire import check_event
+from peaknet_predict.stopping import GRACE_S, stop_requests
+from peaknet_predict.types import Event, EventBatch, EventId, Image, Refusal, Result
+from peaknet_predict.wire import MAX_EVENT_BYTES, check_event
 
 log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
+_REMIND_S = 0.05  # pause between two reminders that what is under way is waited for
 _BEHIND_S = 0.002  # shortest wait, for a batch that is due while the caller is busy
 _BATCHES_AHEAD = 2  # batches made before the caller asks for them
 
@@ -48,6 +49,10 @@ class QueueDataset(IterableDataset[EventBatch]):
     Events of one shape and dtype share a batch; where either changes, the batch so far goes out
     short and a new one begins. Items that cannot be processed are refused one by one, with a
     reason, and travel with the batch to where results are counted.
+
+    Events are leased: whoever brings a result to the next stage says so with `ack`, and with
+    `refuse` that an event cannot be processed. While there is nothing to take, but results are
+    outstanding, a batch without events comes out now and then: a reminder to fetch them.
 
     Parameters
     ----------
@@ -67,6 +72,10 @@ class QueueDataset(IterableDataset[EventBatch]):
         Put the pixels where a GPU can fetch them while the CPU goes on.
     check_producer
         Called while the queue is empty; raises if the producer that should fill it has failed.
+    max_event_bytes
+        Larger images are refused.
+    grace_s
+        How long the run may take to its end after Ctrl-C or SIGTERM.
 
     Attributes
     ----------
@@ -87,6 +96,8 @@ class QueueDataset(IterableDataset[EventBatch]):
         max_latency_ms: float | None = None,
         pin_memory: bool = False,
         check_producer: Callable[[], None] | None = None,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        grace_s: float = GRACE_S,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch needs at least one event")
@@ -96,12 +107,19 @@ class QueueDataset(IterableDataset[EventBatch]):
             )
         if max_latency_ms is not None and max_latency_ms <= 0:
             raise ValueError(f"max_latency_ms is {max_latency_ms}; give a positive number")
+        if max_event_bytes < 1 or grace_s < 0:
+            raise ValueError(
+                f"max_event_bytes is {max_event_bytes} and grace_s {grace_s}; give positive numbers"
+            )
         self._queue = queue
         self._reader = reader
         self._sizes = [*sorted(partial_sizes), batch_size]
         self._max_latency_s = None if max_latency_ms is None else max_latency_ms / 1000
         self._pin_memory = pin_memory
         self._check_producer = check_producer
+        self._max_event_bytes = max_event_bytes
+        self.grace_s = grace_s
+        self._active_at = time.monotonic()
         self._ready: SimpleQueue[EventBatch | BaseException | None] = SimpleQueue()
         self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
         self._stop_requested = threading.Event()
@@ -113,7 +131,7 @@ class QueueDataset(IterableDataset[EventBatch]):
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches until the stream has ended, or a signal asks to stop."""
         ingest = threading.Thread(target=self._ingest, name="ingest", daemon=True)
-        with stop_requests() as self._stop_requested:
+        with stop_requests(self.grace_s) as self._stop_requested:
             ingest.start()
             try:
                 while (batch := self._ready.get()) is not None:
@@ -156,8 +174,10 @@ class QueueDataset(IterableDataset[EventBatch]):
                 self._reader, wanted, min(_WAIT_S, max(due_in_s, _BEHIND_S))
             )
             self.received += len(taken)
+            if taken:
+                self._active_at = time.monotonic()
             for item in taken:
-                refusal = _refusal(item)
+                refusal = _refusal(item, self._max_event_bytes)
                 if refusal is not None:
                     refused.append(refusal)
                     continue
@@ -168,19 +188,56 @@ class QueueDataset(IterableDataset[EventBatch]):
                 if not events:
                     self._first_at = time.monotonic()
                 events.append(item)
-            if len(events) == self._sizes[-1]:
+            full = max(len(events), len(refused)) >= self._sizes[-1]
+            # With flush, nothing more comes before these have become results.
+            if full or (self._queue.flush_wanted and (events or refused)):
                 yield self._assemble(events, refused)
                 events, refused = [], []
-            if not taken and not self.ended and self._check_producer is not None:
-                self._check_producer()
+            elif not taken and not self.ended:
+                if self._check_producer is not None and not self._queue.flush_wanted:
+                    self._check_producer()
+                if self._should_remind():
+                    yield self._assemble([], [])
         if events or refused:
             yield self._assemble(events, refused)
+
+    def _should_remind(self) -> bool:
+        """Whether somebody waits for results that the caller may have and not fetched."""
+        if not self._queue.unsettled or not self._ready.empty():
+            return False
+        if self._queue.flush_wanted:
+            time.sleep(_REMIND_S)
+        elif time.monotonic() - self._active_at < _WAIT_S:
+            return False
+        self._active_at = time.monotonic()
+        return True
 
     def _due_in_s(self, events: list[Event]) -> float:
         """Return how long a batch may still wait for more events."""
         if not events or self._max_latency_s is None:
             return _WAIT_S
         return self._first_at + self._max_latency_s - time.monotonic()
+
+    def ack(self, ids: Iterable[EventId]) -> None:
+        """Say that the next stage has the results of these events."""
+        self._queue.ack(ids)
+
+    def refuse(self, refusals: Sequence[Refusal]) -> None:
+        """Have these events put into quarantine."""
+        self._queue.refuse(refusals)
+
+    def release(self, failure: str | None = None) -> int:
+        """Give back what is held; with a ``failure``, as events that may have caused it."""
+        return self._queue.release(failure)
+
+    def touch(self) -> None:
+        """Note that the run is alive, though it waits."""
+        self._queue.touch()
+
+    @property
+    def queue(self) -> Queue:
+        """The input queue."""
+        return self._queue
 
     def size(self) -> int:
         """Return how many events wait in the queue."""
@@ -245,13 +302,13 @@ _TORCH_DTYPES = {
 }
 
 
-def _refusal(item: Event | Result | Refusal) -> Refusal | None:
+def _refusal(item: Event | Result | Refusal, max_bytes: int) -> Refusal | None:
     """Say why an item cannot be processed; None for an event that can."""
     if isinstance(item, Refusal):
         return item
     if isinstance(item, Result):
         return Refusal(item.id, "a result stands in a queue of events")
-    reason = check_event(item)
+    reason = check_event(item, max_bytes)
     if reason is None and _form(item)[1] not in _TORCH_DTYPES:
         reason = f"image has dtype {item.image.dtype}, which torch cannot hold"
     return None if reason is None else Refusal(item.id, reason)
@@ -281,6 +338,8 @@ class QueueDataModule(L.LightningDataModule):
         other processes feed it.
     source_rate_hz
         Events per second from ``source``; as fast as possible by default.
+    max_event_bytes, grace_s
+        As for `QueueDataset`.
     """
 
     def __init__(
@@ -292,6 +351,8 @@ class QueueDataModule(L.LightningDataModule):
         address: str = "auto",
         source: EventSource | None = None,
         source_rate_hz: float | None = None,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        grace_s: float = GRACE_S,
     ) -> None:
         super().__init__()
         self.queue_address = queue
@@ -301,6 +362,8 @@ class QueueDataModule(L.LightningDataModule):
         self.address = address
         self.source = source
         self.source_rate_hz = source_rate_hz
+        self.max_event_bytes = max_event_bytes
+        self.grace_s = grace_s
         self.dataset: QueueDataset | None = None
         self._feeder: ClusterTask | None = None
 
@@ -339,6 +402,8 @@ class QueueDataModule(L.LightningDataModule):
             self.max_latency_ms,
             pin_memory=strategy.root_device.type == "cuda",
             check_producer=self._check_feeder,
+            max_event_bytes=self.max_event_bytes,
+            grace_s=self.grace_s,
         )
         if self.source is not None and self.trainer.is_global_zero:
             self._feeder = run_in_cluster(

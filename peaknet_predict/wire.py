@@ -38,19 +38,32 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
             unnamed, f"expected [rank, idx, image, photon_energy], got {_describe(item)}"
         )
     rank, idx, image, photon_energy = item
-    if not _is_integer(rank) or not _is_integer(idx):
+    name = named(item)
+    if name is None:
         return Refusal(
             unnamed, f"rank and idx must be integers, got {_describe(rank)} and {_describe(idx)}"
         )
+    identity = EventId(stream, *name)
     if not isinstance(image, np.ndarray):
-        return Refusal(
-            EventId(stream, int(rank), int(idx)), f"image is {_describe(image)}, not an ndarray"
-        )
-    energy = _as_float(photon_energy)
-    return Event(EventId(stream, int(rank), int(idx)), image, energy)
+        return Refusal(identity, f"image is {_describe(image)}, not an ndarray")
+    return Event(identity, image, _as_float(photon_energy))
 
 
-def check_event(event: Event) -> str | None:
+def named(item: Any) -> tuple[int, int] | None:
+    """Return the rank and idx that a producer's item states; None if it states none."""
+    if not isinstance(item, list | tuple) or len(item) != 4:
+        return None
+    rank, idx = item[0], item[1]
+    if not _is_integer(rank) or not _is_integer(idx):
+        return None
+    return int(rank), int(idx)
+
+
+MAX_EVENT_BYTES = 512 * 2**20
+"""Larger images are refused unless told otherwise: eight times a JUNGFRAU 16M in float32."""
+
+
+def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
     """Say why an event cannot be processed; ``None`` if it can.
 
     A missing photon energy is a reason: CrystFEL indexes nothing at 0 eV and says nothing about it.
@@ -62,6 +75,8 @@ def check_event(event: Event) -> str | None:
         return f"image has shape {image.shape}; expected (panels, H, W) or (H, W)"
     if image.size == 0:
         return f"image is empty: shape {image.shape}"
+    if image.nbytes > max_bytes:
+        return f"image of {image.nbytes} bytes is larger than max_event_bytes, {max_bytes}"
     if image.dtype.kind not in "iuf":
         return f"image has dtype {image.dtype}; expected integers or floating point"
     if not math.isfinite(event.photon_energy) or event.photon_energy <= 0:

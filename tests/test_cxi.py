@@ -244,8 +244,8 @@ def test_nothing_written_for_no_events(tmp_path: Path) -> None:
 def test_without_photon_energy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with CxiWriter(tmp_path) as writer, caplog.at_level(logging.WARNING):
         writer.add(make_result(0, energy=0.0))
-        writer.add(make_result(0, energy=float("nan")))
-        writer.add(make_result(1))
+        writer.add(make_result(1, energy=float("nan")))
+        writer.add(make_result(2))
         writer.flush()
     assert writer.statistics.without_energy == 2
     assert "photon energy" in caplog.text
@@ -407,6 +407,63 @@ def test_list_that_cannot_be_written_costs_no_event(
             writer.close()
     writer.close()
     assert files_in(tmp_path) == ["files.lst", "peaks_0000.cxi"]
+
+
+def test_a_restarted_writer_knows_what_finished_files_have(tmp_path: Path) -> None:
+    with CxiWriter(tmp_path, events_per_file=2) as first:
+        for idx in range(5):
+            first.add(make_result(idx))
+    with CxiWriter(tmp_path, events_per_file=2) as again:
+        settled = [key.idx for idx in range(3, 7) for key in again.add(make_result(idx))]
+    assert settled == [3, 4, 5, 6], "what is there already is settled at once"
+    assert (again.statistics.duplicates, again.statistics.written) == (2, 2)
+    written = [event.id.idx for path in sorted(tmp_path.glob("*.cxi")) for event in read_cxi(path)]
+    assert written == list(range(7))
+
+
+def test_the_same_event_twice_in_memory_is_written_once(tmp_path: Path) -> None:
+    with CxiWriter(tmp_path) as writer:
+        assert writer.add(make_result(0)) == []
+        assert writer.add(make_result(0)) == [], "not settled: it is in no file yet"
+        assert len(writer.flush()) == 1
+    assert (writer.statistics.written, writer.statistics.duplicates) == (1, 1)
+
+
+def test_a_writer_that_only_slept_cannot_write_what_another_took_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {make_result(idx).id for idx in range(4)}
+    sleeper = CxiWriter(tmp_path, owner="sleeper", still_ours=lambda ids: ours & set(ids))
+    for idx in range(4):
+        sleeper.add(make_result(idx))
+    link = os.link
+
+    def sleep_before(*names: Any) -> None:
+        # The file is complete and the leases were good; then it is stopped for too long.
+        monkeypatch.setattr(os, "link", link)
+        ours.discard(make_result(1).id)
+        other = CxiWriter(tmp_path, owner="other")
+        other.fence(["sleeper"])
+        other.add(make_result(1))
+        other.close()
+        link(*names)
+
+    monkeypatch.setattr(os, "link", sleep_before)
+    with pytest.raises(CxiWriteError):
+        sleeper.flush()
+    assert [key.idx for key in sleeper.flush()] == [0, 2, 3]
+    assert sleeper.statistics.handed_over == 1
+    written = [event.id.idx for path in sorted(tmp_path.glob("*.cxi")) for event in read_cxi(path)]
+    assert sorted(written) == [0, 1, 2, 3]
+
+
+def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path) -> None:
+    other = CxiWriter(tmp_path, owner="other")
+    first = CxiWriter(tmp_path, owner="first", events_per_file=1)
+    first.add(make_result(0))  # and is killed before it can say so
+    other.fence(["first"])
+    assert [key.idx for key in other.add(make_result(0))] == [0]
+    assert other.statistics.duplicates == 1
 
 
 def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,18 @@ def batches(address: QueueAddress, events: Iterable[Event], **settings: Any) -> 
     queue.open("p")
     queue.put("p", list(events))
     queue.close("p")
-    return list(QueueDataset(queue, "r", **settings))
+    return read(QueueDataset(queue, "r", **settings))
+
+
+def read(dataset: QueueDataset) -> list[EventBatch]:
+    """Read to the end, with every event brought to its own."""
+    got = []
+    for batch in dataset:
+        dataset.ack([one.id for one in batch.events])
+        dataset.refuse(batch.refused)
+        if batch.events or batch.refused:
+            got.append(batch)
+    return got
 
 
 def test_full_batches_and_a_short_one_in_order_with_every_pixel(address: QueueAddress) -> None:
@@ -99,7 +110,7 @@ def test_bad_events_are_refused_with_a_reason_between_good_ones(
         assert ray.get(handle.put.remote([0, idx, pixels, eV]))
     ray.get(handle.put.remote(None))
     dataset = QueueDataset(queue, "r", batch_size=4)
-    got = list(dataset)
+    got = read(dataset)
     assert [e.id.idx for b in got for e in b.events] == [0, 2]
     (refusal,) = [refusal for b in got for refusal in b.refused]
     assert refusal.id is not None
@@ -122,6 +133,9 @@ def test_at_a_low_rate_a_batch_does_not_wait_to_be_full(address: QueueAddress) -
     feeder.start()
     latest, sizes = [], []
     for batch in dataset:
+        dataset.ack([one.id for one in batch.events])
+        if not batch.events:
+            continue
         now = time.time()
         latest.append(max(now - one.put_at for one in batch.events))
         sizes.append(len(batch.events))
@@ -137,7 +151,9 @@ def test_while_the_caller_is_busy_a_late_batch_goes_on_filling(address: QueueAdd
     feeder = threading.Thread(target=push, args=(simulator, queue, 100.0))
     feeder.start()
     sizes = []
-    for batch in QueueDataset(queue, "r", batch_size=64, max_latency_ms=5):
+    dataset = QueueDataset(queue, "r", batch_size=64, max_latency_ms=5)
+    for batch in dataset:
+        dataset.ack([one.id for one in batch.events])
         sizes.append(len(batch.events))
         time.sleep(0.2)
     feeder.join()

@@ -312,10 +312,12 @@ def test_interrupted_write_cxi_writes_what_it_took(
     )
     for idx in range(40):
         queue.put("test", [Result(EventId("t", 0, idx), image, np.empty((0, 3)), 9500.0)])
-    wait_until(lambda: queue.statistics().delivered >= 20)
+    wait_until(lambda: queue.statistics().ready <= 20)
     writer.send_signal(number)
     said = finish(writer, expected=3)
-    taken = queue.statistics().delivered
+    taken = queue.statistics().acknowledged
+    assert taken >= 20
+    assert queue.statistics().leased == 0
     assert f"taken {taken} = written {taken}" in said
     assert "interrupted" in said
     assert len(list(events(tmp_path / "cxi"))) == taken
@@ -339,7 +341,7 @@ def test_an_interrupted_feed_says_that_the_stream_is_incomplete(
     assert list(statistics.failures.values()) == ["interrupted"]
     idx, ended = [], False
     while not ended:
-        taken, ended = queue.get("r", 16, 1.0)
+        taken, ended = queue.take("r", 16, 1.0)
         idx += [event.id.idx for event in taken if event.id is not None]
     assert idx == list(range(statistics.accepted)), "numbered on through every pass of the loop"
 
@@ -390,7 +392,7 @@ def test_an_interrupted_prediction_delivers_what_it_took(
     finish(feed, expected=3)
     inputs = connect_queue(QueueAddress(queues[0]), "events")
     assert isinstance(inputs, NativeQueue)
-    taken = inputs.statistics().delivered
+    taken = inputs.statistics().acknowledged
     assert f"received {taken} = predicted {taken} + refused 0" in said
     assert "left in the input queue" in said
     assert results.statistics().accepted == taken
@@ -410,7 +412,7 @@ def test_when_the_network_fails_finished_results_are_delivered_and_the_end_says_
     )
     said = finish(predict, expected=1)
     assert "out of memory" in said
-    assert re.search(r"predicted 8 \+ refused 0 \+ lost \d+", said), said
+    assert re.search(r"predicted 8 \+ refused 0 \+ given back \d+", said), said
     writer = start(
         *("write-cxi", "--address", cluster, "--queue.name", queues[1]),
         *("--directory", tmp_path / "cxi"),

@@ -1,22 +1,58 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+)
 
-from peaknet_predict.queues.state import END_MARKER, ForeignItem, QueueState
+from peaknet_predict.queues.records import END_MARKER, Entry, ForeignItem
+from peaknet_predict.queues.state import Delivery, QueueState
 from peaknet_predict.types import Event, EventId
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def event(idx: int, size: int = 4) -> Event:
     return Event(EventId("s", 0, idx), np.zeros((1, 1, size), np.uint8), 9000.0)
 
 
+def ask(state: QueueState, reader: str = "r", most: int = 3, holder: str | None = None) -> Delivery:
+    """Ask as a process does: every request has a number of its own."""
+    ask.requests += 1  # type: ignore[attr-defined]
+    return state.get(reader, holder or reader, ask.requests, most)  # type: ignore[attr-defined]
+
+
+ask.requests = 0  # type: ignore[attr-defined]
+
+
+def ids(delivery: Delivery) -> list[int]:
+    return [lease.record.id.idx for lease in delivery.leases]
+
+
+def tokens(delivery: Delivery) -> list[int]:
+    return [lease.token for lease in delivery.leases]
+
+
 def take_all(state: QueueState, reader: str = "r") -> list[int]:
     taken = []
-    while records := state.get(reader, 3)[0]:
-        taken += [record.id.idx for record in records if isinstance(record, Event)]
+    while (delivery := ask(state, reader)).leases:
+        taken += ids(delivery)
+        state.ack(tokens(delivery))
     return taken
 
 
@@ -24,11 +60,11 @@ def test_records_come_out_in_order_and_the_end_comes_after_the_last() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")
     assert state.put("p", [event(i) for i in range(5)]) == 5
-    assert state.get("r", 100)[1] is False
-    assert state.get("r", 1) == ([], False), "empty is not ended while a producer is open"
+    assert take_all(state) == [0, 1, 2, 3, 4]
+    assert not ask(state).ended, "empty is not ended while a producer is open"
     state.close("p")
-    assert state.get("r", 1) == ([], True)
-    assert state.get("r", 1) == ([], True), "the end is a state: every reader of the run sees it"
+    assert ask(state).ended
+    assert ask(state).ended, "the end is a state: every reader of the run sees it"
 
 
 def test_capacity_in_events_and_in_bytes() -> None:
@@ -43,36 +79,179 @@ def test_capacity_in_events_and_in_bytes() -> None:
     assert by_bytes.put("p", [event(9, size=50)]) == 1, "or it could never be put"
 
 
+def test_a_retried_put_is_no_duplicate() -> None:
+    state = QueueState("events", 2, 1000)
+    state.open("p")
+    assert state.put("p", [event(0), event(1), event(2)]) == 2
+    assert state.put("p", [event(0), event(1)]) == 2, "the answer was lost: done already"
+    assert take_all(state) == [0, 1]
+    assert state.put("p", [event(0), event(1), event(2)]) == 3
+    assert take_all(state) == [2]
+    assert (state.accepted, state.duplicates) == (3, 4)
+    state.close("p")
+    assert state.put("p", [event(1)]) == 1, "known, whoever says it"
+
+
 def test_the_stream_ends_when_the_last_of_several_producers_closes() -> None:
     state = QueueState("events", 10, 1000)
     state.open("a", of=2)
     state.close("a")
-    assert state.get("r", 1) == ([], False), "the second producer has yet to open"
+    assert not ask(state).ended, "the second producer has yet to open"
     state.open("b", of=2)
     state.put("b", [event(1)])
     state.close("b")
     assert take_all(state) == [1]
-    assert state.get("r", 1) == ([], True)
+    assert ask(state).ended
+
+
+def test_the_end_waits_for_what_others_hold_and_asks_for_what_one_holds() -> None:
+    state = QueueState("events", 10, 1000)
+    state.open("p")
+    state.put("p", [event(0), event(1)])
+    state.close("p")
+    mine, theirs = ask(state, holder="a", most=1), ask(state, holder="b", most=1)
+    assert (mine.flush, theirs.flush) == (False, True), "b has the last one"
+    nothing = ask(state, holder="a")
+    assert (nothing.ended, nothing.flush) == (False, True)
+    state.ack(tokens(mine))
+    nothing = ask(state, holder="a")
+    assert (nothing.ended, nothing.flush) == (False, False), "b may yet die"
+    state.release(tokens(theirs))
+    again = ask(state, holder="a")
+    assert ids(again) == [1]
+    state.ack(tokens(again))
+    assert ask(state, holder="a").ended
+
+
+def test_silence_beyond_the_lease_puts_records_back_in_order_under_new_tokens() -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 1000, lease_s=10, clock=clock)
+    state.open("p")
+    state.put("p", [event(i) for i in range(4)])
+    lost = ask(state, holder="a", most=2)
+    clock.now = 6.0
+    state.hear("a", ["p"])
+    clock.now = 12.0
+    assert ids(ask(state, holder="b", most=9)) == [2, 3], "it was heard of at 6 s"
+    clock.now = 17.0
+    again = ask(state, holder="b", most=9)
+    assert ids(again) == [0, 1]
+    assert [lease.lost_by for lease in again.leases] == [("a",), ("a",)]
+    assert state.ack(tokens(lost)) == tokens(lost), "a late acknowledgement means nothing"
+    assert state.held(tokens(lost) + tokens(again)) == tokens(again)
+    assert state.ack(tokens(again)) == []
+    assert state.statistics().redeliveries == 2
+
+
+def test_a_repeated_request_gets_the_same_answer() -> None:
+    state = QueueState("events", 10, 1000)
+    state.open("p")
+    state.put("p", [event(i) for i in range(4)])
+    first = state.get("r", "h", 7, 2)
+    assert state.get("r", "h", 7, 2) == first
+    assert ids(state.get("r", "h", 8, 2)) == [2, 3]
+
+
+def test_a_record_that_kills_its_readers_is_isolated_and_then_quarantined() -> None:
+    clock, kept = Clock(), []
+    state = QueueState(
+        *("events", 10, 1000),
+        lease_s=10,
+        max_losses=4,
+        clock=clock,
+        quarantine=lambda entry, reason: kept.append((entry.id.idx, reason)),
+    )
+    state.open("p")
+    state.put("p", [event(i) for i in range(4)])
+    done: list[int] = []
+    for life in range(8):
+        holder = f"life {life}"
+        while True:
+            delivery = ask(state, holder=holder)
+            if 1 in ids(delivery):  # event 1 kills
+                clock.now += 11
+                state.hear("nobody", ["p"])
+                break
+            if not delivery.leases:
+                break
+            state.ack(tokens(delivery))
+            done += ids(delivery)
+    assert sorted(done) == [0, 2, 3], "nobody else is blamed"
+    ((idx, reason),) = kept
+    assert idx == 1
+    assert "cost 4 readers" in reason
+    assert "silent for 10 s" in reason
+    statistics = state.statistics()
+    assert (statistics.quarantined, statistics.acknowledged) == (1, 3)
+    assert "s:0:1: cost 4 readers" in statistics.quarantine[0]
+
+
+def test_a_suspect_waits_until_its_reader_holds_nothing_else() -> None:
+    state = QueueState("events", 10, 1000)
+    state.open("p")
+    state.put("p", [event(i) for i in range(3)])
+    for _ in range(2):
+        state.release(tokens(ask(state, most=1)), failure="it raised")
+    alone = ask(state)
+    assert ids(alone) == [0]
+    assert alone.flush
+    waiting = ask(state)
+    assert (waiting.leases, waiting.flush) == ([], True), "nothing beside it"
+    state.release(tokens(alone))
+    other = ask(state, holder="other", most=1)
+    assert ids(other) == [0], "given back freely is no loss, but it stays a suspect"
+    state.ack(tokens(other))
+    assert ids(ask(state)) == [1, 2]
+
+
+def test_a_silent_producer_is_closed_and_may_come_back() -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 1000, producer_timeout_s=60, clock=clock)
+    state.open("p")
+    clock.now = 61.0
+    delivery = ask(state)
+    assert delivery.ended
+    assert "silent for 60 s" in delivery.failures["p"]
+    state.open("p")
+    state.put("p", [event(0)])
+    state.close("p")
+    assert state.statistics().failures == {}
+    assert take_all(state, "next") == [0]
+
+
+def test_whoever_saw_the_end_before_vouches_for_the_silent() -> None:
+    clock = Clock()
+    state = QueueState("results", 10, 1000, producer_timeout_s=60, clock=clock)
+    for rank in range(3):
+        state.open(f"predict:x:{rank}", of=3)
+    clock.now = 61.0
+    state.hear("h", ["predict:x:1"])
+    state.tick()
+    clock.now = 62.0
+    state.hear("h", ["predict:x:1"])
+    state.vouch("predict:x:")
+    assert ask(state).ended
+    assert state.statistics().failures == {}
 
 
 def test_a_reader_that_joins_after_the_end_waits_for_the_next_run() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")
     state.close("p")
-    assert state.get("first run", 1) == ([], True)
-    assert state.get("second run", 1) == ([], False)
+    assert ask(state, "first run").ended
+    assert not ask(state, "second run").ended
     state.open("q")
     state.put("q", [event(7)])
     state.close("q")
     assert take_all(state, "second run") == [7]
-    assert state.get("second run", 1) == ([], True)
+    assert ask(state, "second run").ended
 
 
 def test_a_reader_that_joins_late_still_gets_a_run_that_nobody_read() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")
     state.close("p")
-    assert state.get("r", 1) == ([], True), "an empty run ends, too"
+    assert ask(state).ended, "an empty run ends, too"
 
 
 def test_end_markers_of_one_run_do_not_end_the_next() -> None:
@@ -92,16 +271,40 @@ def test_foreign_puts_end_with_none_and_begin_again_with_the_next_item() -> None
     assert state.put_foreign([0, 0, np.zeros(3), 1.0])
     assert not state.put_foreign([0, 1, np.zeros(3), 1.0]), "full"
     assert state.put_foreign(None)
-    records, _ = state.get("r", 5)
-    assert isinstance(records[0], ForeignItem)
-    assert records[0].nbytes == 24
-    assert state.get("r", 5) == ([], True)
+    first = ask(state)
+    assert isinstance(first.leases[0].record, ForeignItem)
+    assert first.leases[0].record.nbytes == 24
+    state.ack(tokens(first))
+    assert ask(state).ended
     assert state.put_foreign([0, 0, np.zeros(3), 1.0])
-    assert state.get("r", 5) == ([], True), "what a reader was told stays so"
-    (again,), _ = state.get("next", 5)
-    assert isinstance(again, ForeignItem)
-    assert again.stream != records[0].stream, "rank and idx repeat from run to run"
-    assert state.get("next", 5) == ([], False)
+    assert ask(state).ended, "what a reader was told stays so"
+    again = ask(state, "next")
+    assert again.leases[0].record.id != first.leases[0].record.id, "idx repeats from run to run"
+    assert not ask(state, "next").ended
+
+
+def test_a_foreign_producer_that_begins_anew_loses_nothing() -> None:
+    state = QueueState("events", 9, 1000)
+    for idx in (0, 1, 0, 1):
+        assert state.put_foreign([3, idx, np.zeros(3), 1.0])
+    records = [lease.record.id for lease in ask(state, most=9).leases]
+    assert len(set(records)) == 4
+    assert [key.idx for key in records] == [0, 1, 0, 1]
+
+
+def test_what_no_other_process_may_know_is_replaced_by_its_description() -> None:
+    class Strange:
+        def __repr__(self) -> str:
+            raise RuntimeError("not even a text")
+
+    state = QueueState("events", 9, 1000)
+    state.put_foreign([0, 0, Strange(), 1.0])
+    state.put_foreign({"set", "of"})
+    first, second = (lease.record for lease in ask(state).leases)
+    assert isinstance(first, ForeignItem)
+    assert isinstance(second, ForeignItem)
+    assert "Strange (its repr fails: RuntimeError)" in repr(first.payload)
+    assert "set {" in repr(second.payload)
 
 
 def test_a_producer_that_has_not_opened_is_told_so() -> None:
@@ -116,33 +319,149 @@ def test_a_failed_producer_is_named() -> None:
     assert state.statistics().failures == {"p": "disk on fire"}
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5))),
-    st.integers(1, 7),
-    st.integers(1, 30),
-)
-def test_nothing_is_lost_or_doubled_in_any_order_of_puts_and_gets(
-    moves: list[tuple[str, int]], max_events: int, max_bytes: int
-) -> None:
-    state = QueueState("events", max_events, max_bytes)
-    producers = {name: f"p{name}" for name in "ab"}
-    for name in producers.values():
-        state.open(name, of=2)
-    put = got = 0
-    for who, count in moves:
-        if who == "c":
-            records, ended = state.get("r", count)
-            assert not ended
-            assert [r.id.idx for r in records if isinstance(r, Event)] == list(
-                range(got, got + len(records))
-            )
-            got += len(records)
-        else:
-            put += state.put(producers[who], [event(put + i) for i in range(count)])
-        assert len(state) <= max_events
-        assert state.statistics().ready_bytes <= max(max_bytes, 4)
-    for name in producers.values():
-        state.close(name)
-    assert take_all(state) == list(range(got, put))
-    assert state.get("r", 1) == ([], True)
-    assert state.statistics().ready_bytes == 0
+class Conservation(RuleBasedStateMachine):
+    """Any order of calls and any silence, against a model: where each accepted key is."""
+
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.quarantined: list[EventId] = []
+        self.state = QueueState(
+            *("events", 5, 22),
+            lease_s=10,
+            producer_timeout_s=1e9,
+            max_losses=3,
+            clock=self.clock,
+            quarantine=self.quarantine,
+        )
+        self.state.open("a", of=2)
+        self.state.open("b", of=2)
+        self.accepted: set[EventId] = set()
+        self.acked: set[EventId] = set()
+        self.current: dict[int, tuple[EventId, str]] = {}  # as the model knows it
+        self.heard: dict[str, float] = {}
+        self.requests = 0
+        self.closed = False
+
+    def quarantine(self, entry: Entry, reason: str) -> None:
+        self.quarantined.append(entry.id)
+
+    def expire(self) -> None:
+        """What the model expects of time: silent holders hold nothing."""
+        silent = {who for who, at in self.heard.items() if self.clock.now > at + 10}
+        self.current = {t: (k, who) for t, (k, who) in self.current.items() if who not in silent}
+
+    @precondition(lambda self: not self.closed)
+    @rule(producer=st.sampled_from("ab"), first=st.integers(0, 30), count=st.integers(1, 6))
+    def put(self, producer: str, first: int, count: int) -> None:
+        records = [event(first + i, size=1 + (first + i) % 6) for i in range(count)]
+        taken = self.state.put(producer, list(records))
+        self.accepted |= {record.id for record in records[:taken]}
+        assert taken == count or len(self.state) > 0, "refused although there is room"
+
+    @rule(target=leases, holder=st.sampled_from("xyz"), most=st.integers(1, 4))
+    def get(self, holder: str, most: int) -> list[int]:
+        self.expire()
+        self.requests += 1
+        self.heard[holder] = self.clock.now
+        delivery = self.state.get("r", holder, self.requests, most)
+        repeated = self.state.get("r", holder, self.requests, most)
+        assert repeated.leases == delivery.leases
+        for lease in delivery.leases:
+            key = lease.record.id
+            assert key in self.accepted
+            assert key not in self.acked
+            assert key not in self.quarantined
+            assert lease.token not in self.current
+            assert key not in {held for held, _ in self.current.values()}, "leased twice"
+            self.current[lease.token] = key, holder
+        done = len(self.acked) + len(self.quarantined)
+        assert delivery.ended == (self.closed and done == len(self.accepted))
+        return tokens(delivery)
+
+    @rule(given=leases)
+    def ack(self, given: list[int]) -> None:
+        stale = self.state.ack(given)
+        self.expire_to(stale, given)
+        for token in set(given) - set(stale):
+            key, _ = self.current.pop(token)
+            assert key not in self.acked
+            self.acked.add(key)
+
+    @rule(given=leases)
+    def refuse(self, given: list[int]) -> None:
+        stale = self.state.refuse(dict.fromkeys(given, "bad"))
+        self.expire_to(stale, given)
+        for token in set(given) - set(stale):
+            self.current.pop(token)
+
+    @rule(given=leases, failure=st.sampled_from([None, "it raised"]))
+    def release(self, given: list[int], failure: str | None) -> None:
+        self.state.release(given, failure)
+        for token in given:
+            self.current.pop(token, None)
+
+    def expire_to(self, stale: list[int], given: list[int]) -> None:
+        """Tokens may be stale only for silence or because they were ended before."""
+        for token in set(given) - set(stale):
+            assert token in self.current
+        for token in stale:
+            held = self.current.pop(token, None)
+            assert held is None or self.clock.now > self.heard[held[1]] + 10
+
+    @rule(holder=st.sampled_from("xyz"))
+    def heartbeat(self, holder: str) -> None:
+        self.state.tick()
+        self.expire()
+        self.state.hear(holder, ["a", "b"])
+        self.heard[holder] = self.clock.now
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def close(self) -> None:
+        self.state.close("a")
+        self.state.close("b")
+        self.closed = True
+
+    @invariant()
+    def conserved(self) -> None:
+        statistics = self.state.statistics()
+        self.expire()
+        assert statistics.accepted == len(self.accepted)
+        assert statistics.acknowledged == len(self.acked)
+        assert statistics.quarantined == len(self.quarantined) == len(set(self.quarantined))
+        assert statistics.leased == len(self.current)
+        assert (
+            statistics.accepted
+            == statistics.acknowledged
+            + statistics.quarantined
+            + statistics.ready
+            + statistics.leased
+        )
+        assert (statistics.ready_bytes == 0) == (statistics.ready == 0)
+        assert (statistics.leased_bytes == 0) == (statistics.leased == 0)
+
+    def teardown(self) -> None:
+        """Whatever happened, one good reader brings all of it to an end."""
+        self.close()
+        self.clock.now += 11
+        seen: list[Any] = []
+        for _ in range(200):
+            delivery = ask(self.state, "r", 4, holder="last")
+            self.state.ack(tokens(delivery))
+            seen += [lease.record.id for lease in delivery.leases]
+            if delivery.ended:
+                break
+        assert ask(self.state, "r", 4, holder="last").ended
+        done = self.acked | set(self.quarantined) | set(seen)
+        assert done == self.accepted
+        assert len(self.acked) + len(self.quarantined) + len(seen) == len(self.accepted)
+
+
+TestConservation = Conservation.TestCase
+TestConservation.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

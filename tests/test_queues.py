@@ -41,7 +41,7 @@ def take_all(queue: Any, reader: str = "r") -> list[Any]:
     taken: list[Any] = []
     ended = False
     while not ended:
-        items, ended = queue.get(reader, 7, 1.0)
+        items, ended = queue.take(reader, 7, 1.0)
         taken += items
     return taken
 
@@ -80,7 +80,7 @@ def test_put_waits_for_room_and_get_for_events(address: QueueAddress) -> None:
     assert [e.id.idx for e in take_all(queue)] == list(range(30))
     producer.join()
     statistics = queue.statistics()
-    assert (statistics.accepted, statistics.delivered, statistics.largest) == (30, 30, 3)
+    assert (statistics.accepted, statistics.acknowledged, statistics.largest) == (30, 30, 3)
 
 
 def test_an_empty_queue_is_waited_on_inside_the_actor(address: QueueAddress) -> None:
@@ -262,7 +262,7 @@ def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) 
     taken: list[Any] = []
     ended = False
     while not ended:
-        items, ended = reader.get("r", 1, 1.0)
+        items, ended = reader.take("r", 1, 1.0)
         taken += items
         time.sleep(0.01)
     producer.join()

@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import secrets
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from peaknet_predict.queues.state import (
-    END_MARKER,
-    ForeignItem,
-    Kind,
-    QueueState,
-    QueueStatistics,
-    Record,
-)
+from peaknet_predict.quarantine import Quarantine
+from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
+from peaknet_predict.queues.spool import Spool
+from peaknet_predict.queues.state import Delivery, QueueState, QueueStatistics
 from peaknet_predict.types import Event, Result
 from peaknet_predict.wire import event_to_item, results_to_item
 
-PROTOCOL = 1
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PROTOCOL = 2
 """Version of the methods below; a client refuses to talk to another one."""
+
+_TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
 
 
 class Description(NamedTuple):
-    """What kind of queue this is."""
+    """What kind of queue this is. ``uid`` names it apart from every other, past and future."""
 
     protocol: int
     kind: Kind
-    max_events: int
-    max_bytes: int
+    uid: str
+    address: QueueAddress
 
 
-class Delivery(NamedTuple):
-    """The answer to `QueueActor.get_many`: records, or nothing yet, or the end.
+class PutAnswer(NamedTuple):
+    """How many records were taken, and why no more although there may be room."""
 
-    With the end come the producers that ended their part of the stream early, and why.
-    """
-
-    records: list[Record]
-    ended: bool
-    failures: dict[str, str]
+    taken: int
+    problem: str | None
 
 
 class QueueActor:
@@ -47,20 +49,52 @@ class QueueActor:
 
     ``put``, ``get`` and ``size`` are psana-ray's; programs that know nothing else can use them. The
     other methods are for our own clients: they move many events a call, wait in the actor instead
-    of polling, and tell "empty" from "ended".
+    of polling, and tell "empty" from "ended". Each of them may be called again if its answer is
+    lost.
 
     Every method runs in the actor's one event loop, so the state is never changed by two at once.
     """
 
-    def __init__(self, kind: Kind, max_events: int, max_bytes: int) -> None:
-        self._state = QueueState(kind, max_events, max_bytes)
+    def __init__(self, kind: Kind, address: QueueAddress) -> None:
+        self._address = address
+        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes)
+        self._spool = None if address.spool is None else Spool(address.spool)
+        self._state = QueueState(
+            kind,
+            address.max_events,
+            address.max_bytes,
+            address.lease_s,
+            address.producer_timeout_s,
+            address.max_losses,
+            uid=f"{address.name}-{secrets.token_hex(4)}",
+            # Larger than any token of an earlier life.
+            first_token=time.time_ns(),
+            quarantine=lambda entry, reason: self._quarantine.keep(
+                entry.id, reason, entry.record, entry.losses
+            ),
+            journal=self._spool,
+        )
+        if self._spool is not None:
+            found = self._spool.replay
+            self._state.restore(
+                found.entries, found.keys, found.books, found.accepted, found.quarantined
+            )
+            if found.books is None:
+                # The name must not change with the next life.
+                self._spool.books(self._state.streams.to_json())
+                self._spool.sync()
+            found.entries = []  # the state's, from now on
         self._changed = asyncio.Condition()
+        self._syncing = asyncio.Lock()
+        self._synced = (0, 0)
+        self._ticker: asyncio.Task[None] | None = None
 
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
         async with self._changed:
             taken = self._state.put_foreign(item)
             self._changed.notify_all()
+        await self._on_disk()
         return taken
 
     async def get(self) -> Any:
@@ -81,25 +115,25 @@ class QueueActor:
         return len(self._state)
 
     async def describe(self) -> Description:
-        """Return protocol version, kind and capacity."""
-        return Description(
-            PROTOCOL, self._state.kind, self._state.max_events, self._state.max_bytes
-        )
+        """Return protocol version, kind, name and settings."""
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._tick())
+        return Description(PROTOCOL, self._state.kind, self._state.streams.uid, self._address)
 
     async def open(self, producer: str, of: int) -> None:
         """Announce a producer, one of ``of``."""
-        async with self._changed:
-            self._state.open(producer, of)
-            self._changed.notify_all()
+        await self._change(lambda: self._state.open(producer, of))
 
     async def close(self, producer: str, failure: str | None, end_markers: int) -> None:
         """End a producer's part of the stream."""
-        async with self._changed:
-            self._state.close(producer, failure, end_markers)
-            self._changed.notify_all()
+        await self._change(lambda: self._state.close(producer, failure, end_markers))
 
-    async def put_many(self, producer: str, records: list[Record], timeout_s: float) -> int:
-        """Take the records as room appears, up to ``timeout_s``; the answer is how many."""
+    async def vouch(self, prefix: str, failure: str | None, end_markers: int) -> None:
+        """Close the parts of all producers of a name: what one left undone, others have done."""
+        await self._change(lambda: self._state.vouch(prefix, failure, end_markers))
+
+    async def put_many(self, producer: str, records: list[Record], timeout_s: float) -> PutAnswer:
+        """Take the records as room appears, up to ``timeout_s``."""
         taken = 0
 
         def all_taken() -> bool:
@@ -111,28 +145,90 @@ class QueueActor:
             return taken == len(records)
 
         await self._wait_for(all_taken, timeout_s)
-        return taken
+        await self._on_disk()
+        return PutAnswer(taken, self._state.problem)
 
-    async def get_many(self, reader: str, max_records: int, timeout_s: float) -> Delivery:
-        """Return records as soon as there are any, the end, or nothing after ``timeout_s``."""
-        delivery = Delivery([], False, {})
+    async def get_many(
+        self, reader: str, holder: str, request: int, max_records: int, timeout_s: float
+    ) -> Delivery:
+        """Lease records as soon as there are any; or say the end, or nothing after ``timeout_s``.
+
+        With nothing to come before the reader has brought to an end what it holds, it is told at
+        once.
+        """
+        delivery = Delivery([], False, False, {})
 
         def something() -> bool:
             nonlocal delivery
-            records, ended = self._state.get(reader, max_records)
-            delivery = Delivery(records, ended, self._state.failures if ended else {})
-            return bool(records) or ended
+            delivery = self._state.get(reader, holder, request, max_records)
+            return bool(delivery.leases) or delivery.ended or delivery.flush
 
         await self._wait_for(something, timeout_s)
         return delivery
 
+    async def ack(self, tokens: list[int]) -> list[int]:
+        """End leases whose records the next stage has; return the stale tokens."""
+        return await self._change(lambda: self._state.ack(tokens))
+
+    async def refuse(self, reasons: dict[int, str]) -> list[int]:
+        """Quarantine leased records, each for a reason; return the stale tokens."""
+        return await self._change(lambda: self._state.refuse(reasons))
+
+    async def release(self, tokens: list[int], failure: str | None) -> None:
+        """Give leased records back."""
+        await self._change(lambda: self._state.release(tokens, failure))
+
+    async def held(self, tokens: list[int]) -> list[int]:
+        """Return those of the tokens that are current."""
+        return self._state.held(tokens)
+
+    async def hear(self, holder: str, producers: list[str]) -> None:
+        """Note that a process is alive."""
+        self._state.hear(holder, producers)
+
+    async def first_missing(self, stream: str, rank: int) -> int:
+        """Return the first idx of a stream that was never accepted."""
+        return self._state.keys.first_missing(stream, rank)
+
     async def wait_ended(self, timeout_s: float) -> bool:
         """Wait until every producer has closed the stream; say whether they have."""
-        return await self._wait_for(lambda: self._state.ended, timeout_s)
+        return await self._wait_for(lambda: self._state.streams.ended, timeout_s)
 
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
-        return self._state.statistics()
+        statistics = self._state.statistics()
+        statistics.problem = statistics.problem or self._quarantine.problem
+        return statistics
+
+    async def _change(self, act: Callable[[], T]) -> T:
+        async with self._changed:
+            answer = act()
+            self._changed.notify_all()
+        return answer
+
+    async def _on_disk(self) -> None:
+        """Return once what was accepted up to now is on disk; many puts share one sync."""
+        if self._spool is None:
+            return
+        wanted = self._spool.position
+        async with self._syncing:
+            if self._synced >= wanted:
+                return
+            reached, sync = self._spool.position, self._spool.syncing()
+            await asyncio.get_running_loop().run_in_executor(None, sync)
+            self._synced = reached
+
+    async def _tick(self) -> None:
+        """Look at the clock while nobody calls, and retry what could not be written."""
+        while True:
+            await asyncio.sleep(min(_TICK_S, self._address.lease_s / 4))
+            try:
+                async with self._changed:
+                    if self._state.tick():
+                        self._changed.notify_all()
+                self._quarantine.retry()
+            except Exception:
+                log.exception("the queue's clock")
 
     async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         # The condition may take records out of the queue, so it is only ever evaluated here,

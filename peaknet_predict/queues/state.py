@@ -1,94 +1,142 @@
-"""What a queue holds and promises, as a plain class: no Ray, no clock, no threads.
+"""What a queue holds and promises, as a plain class: no Ray, no threads, and the clock is given.
 
-The actor wraps it; keeping it apart lets tests drive every order of calls.
+The actor wraps it; keeping it apart lets tests drive every order of calls, and time.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple, Protocol
 
-from peaknet_predict.types import Event, Result
+from peaknet_predict.keys import KeySet
+from peaknet_predict.queues.leases import LeaseBook
+from peaknet_predict.queues.records import (
+    END_MARKER,
+    Entry,
+    ForeignItem,
+    Kind,
+    Record,
+    entry_of,
+    sanitized,
+)
+from peaknet_predict.queues.streams import StreamBook
+from peaknet_predict.types import EventId
+from peaknet_predict.wire import named
 
-Kind = Literal["events", "results"]
-
-END_MARKER = "END"
-"""What a reader that knows only ``get`` is handed at the end of a queue of results."""
+_SUSPECT_AFTER = 2  # losses after which a record is handed out alone
+_REASONS_KEPT = 100
 
 
-@dataclass(slots=True)
-class ForeignItem:
-    """An item put by a program that knows only ``put``; decoded by whoever takes it.
+class Lease(NamedTuple):
+    """A record for as long as its reader is heard of.
 
-    Attributes
-    ----------
-    payload
-        The object as it came.
-    position
-        How many items had come this way before, which identifies it when nothing inside does.
-    stream
-        How many streams of such items had ended before; names the stream it belongs to.
+    ``lost_by`` names the readers that held it before and did not bring it to an end.
     """
 
-    payload: Any
-    position: int
-    stream: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays in the payload, one or two levels deep."""
-        return _nbytes(self.payload, depth=2)
+    token: int
+    record: Record
+    lost_by: tuple[str, ...]
 
 
-Record = Event | Result | ForeignItem
+class Delivery(NamedTuple):
+    """The answer to `QueueState.get`: leases, or nothing yet, or the end.
 
+    With ``flush`` nothing more will come before the reader has brought to an end all it holds.
+    With the end come the producers that ended their part of the stream early, and why.
+    """
 
-_AT_ITS_END = -1
-
-
-def _nbytes(value: Any, depth: int) -> int:
-    size = getattr(value, "nbytes", None)
-    if isinstance(size, int):
-        return size
-    if depth > 0 and isinstance(value, list | tuple):
-        return sum(_nbytes(part, depth - 1) for part in value)
-    return 0
+    leases: list[Lease]
+    ended: bool
+    flush: bool
+    failures: dict[str, str]
 
 
 @dataclass(slots=True)
 class QueueStatistics:
-    """Counts since the queue was made, and what it holds now (sizes in events and bytes)."""
+    """Counts since the queue was first made, and what it holds now (sizes in events and bytes).
+
+    ``accepted == acknowledged + quarantined + ready + leased`` at any time.
+    """
 
     accepted: int = 0
-    delivered: int = 0
+    acknowledged: int = 0
+    quarantined: int = 0
+    duplicates: int = 0
+    redeliveries: int = 0
     ready: int = 0
     ready_bytes: int = 0
+    leased: int = 0
+    leased_bytes: int = 0
     largest: int = 0
     open_producers: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    quarantine: list[str] = field(default_factory=list)
     ended: bool = False
+    problem: str | None = None
+
+
+class Journal(Protocol):
+    """Where a queue writes down what must survive it."""
+
+    def put(self, entry: Entry) -> None:
+        """Write down an accepted record; raises OSError if that is not possible."""
+
+    def settled(self, key: EventId, quarantined: bool) -> None:
+        """Write down that a record has been acknowledged, or quarantined."""
+
+    def books(self, books: dict[str, Any]) -> None:
+        """Write down the state of the `StreamBook`."""
 
 
 class QueueState:
-    """A bounded first-in first-out queue whose end of stream is a state, not an item.
+    """A bounded first-in first-out queue whose records are leased, acknowledged and never doubled.
 
-    Producers open the stream and close it. The stream has ended when as many producers as announced
-    have opened and closed it, and it is drained when, besides, nothing is left to take. A stream
-    opened after that is a new *generation*: a reader that joins a queue which another reader has
-    already seen to its end waits for the next generation instead of ending at once, so that a
-    detached queue can serve one run after another.
+    A record that was accepted is ready, leased, acknowledged or quarantined, and in one of these
+    states only. A put of a key that was accepted before is a success that changes nothing. A lease
+    ends with the acknowledgement, or the record is ready again. The end of the stream is a state:
+    all producers have closed it, nothing is ready, nothing leased.
+
+    A record whose reader is lost twice is a suspect: it is handed out alone, to a reader that holds
+    nothing else, so that no other record is blamed for it. After ``max_losses`` it is quarantined.
 
     Parameters
     ----------
     kind
         What the records are; decides how readers that know only ``get`` are served.
     max_events, max_bytes
-        Capacity. An event larger than ``max_bytes`` is still accepted by an empty queue, because it
-        could never be accepted otherwise.
+        Capacity, of what is ready. A record larger than ``max_bytes`` is still accepted by a queue
+        with nothing ready, because it could never be accepted otherwise.
+    lease_s, producer_timeout_s
+        How long a reader or a producer may be silent.
+    max_losses
+        How many readers a record may cost.
+    uid
+        Names this queue apart from every other, past and future.
+    clock
+        Seconds that only go forward.
+    quarantine
+        Takes what is quarantined, with the reason.
+    journal
+        Where to write down what must survive.
     """
 
-    def __init__(self, kind: Kind, max_events: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        max_events: int,
+        max_bytes: int,
+        lease_s: float = 30.0,
+        producer_timeout_s: float = 60.0,
+        max_losses: int = 5,
+        uid: str = "queue",
+        first_token: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        quarantine: Callable[[Entry, str], None] = lambda entry, reason: None,
+        journal: Journal | None = None,
+    ) -> None:
         if max_events < 1 or max_bytes < 1:
             raise ValueError(
                 f"a queue needs room: max_events is {max_events} and max_bytes {max_bytes}, "
@@ -97,155 +145,317 @@ class QueueState:
         self.kind = kind
         self.max_events = max_events
         self.max_bytes = max_bytes
-        self.generation = 0
-        self._ready: deque[Record] = deque()
+        self.producer_timeout_s = producer_timeout_s
+        self.max_losses = max_losses
+        self.streams = StreamBook(uid)
+        self.leases = LeaseBook(lease_s, first_token)
+        self.keys = KeySet()
+        self._clock = clock
+        self._quarantine = quarantine
+        self._journal = journal
+        self._ready: deque[Entry] = deque()
+        self._suspects: deque[Entry] = deque()
         self._ready_bytes = 0
-        self._open: set[str] = set()
-        self._closed: set[str] = set()
-        self._expected = 0
-        self._foreign_items = 0
-        self._foreign_streams = 0
-        self._foreign_closed = False
-        self._end_markers = 0
-        self._end_seen = False
-        self._readers: dict[str, int] = {}
-        self._failures: dict[str, str] = {}
-        self._accepted = self._delivered = self._largest = 0
+        self._largest = self._redeliveries = 0
+        self.accepted = self.acknowledged = self.quarantined = self.duplicates = 0
+        self._reasons: deque[str] = deque(maxlen=_REASONS_KEPT)
+        self._problem: str | None = None
 
-    @property
-    def ended(self) -> bool:
-        """Whether every announced producer has closed the stream."""
-        all_closed = bool(self._closed) and len(self._closed) >= self._expected
-        return not self._open and (all_closed or self._foreign_closed)
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._suspects)
 
     @property
     def drained(self) -> bool:
-        """Whether the stream has ended and everything in it has been taken."""
-        return self.ended and not self._ready
+        """Whether the stream has ended and everything in it has been brought to an end."""
+        return self.streams.ended and not len(self) and not len(self.leases)
 
     def open(self, producer: str, of: int = 1) -> None:
         """Announce a producer, one of ``of`` that together make the stream."""
-        if producer in self._open:
-            return
-        self._begin_if_ended()
-        self._open.add(producer)
-        self._closed.discard(producer)
-        self._expected = max(self._expected, of)
+        self.streams.open(producer, of, self._clock(), self.drained)
+        self._note_books()
 
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
         """End a producer's part of the stream; ``failure`` says why it is incomplete.
 
         ``end_markers`` is how many readers that know only ``get`` will be handed `END_MARKER`.
         """
-        if producer not in self._open:
-            return
-        self._open.discard(producer)
-        self._closed.add(producer)
-        self._end_markers = end_markers
-        if failure is not None:
-            self._failures[producer] = failure
+        if self.streams.close(producer, failure, end_markers):
+            self._note_books()
 
-    def put(self, producer: str, records: list[Record]) -> int:
-        """Take records in order for as long as there is room; the answer is how many were taken."""
-        if producer not in self._open:
-            raise ValueError(f"producer {producer!r} has not opened this queue, or has closed it")
-        return self._take(records)
+    def vouch(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
+        """Close the parts of all producers of a name: what one left undone, others have done."""
+        self.streams.vouch(prefix, failure, end_markers)
+        self._note_books()
+
+    def put(self, producer: str, records: list[Any]) -> int:
+        """Take records in order for as long as there is room; the answer is how many were taken.
+
+        A record whose key was accepted before counts as taken, and changes nothing.
+        """
+        self.streams.hear(producer, self._clock())
+        for taken, record in enumerate(records):
+            if record.id in self.keys:
+                self.duplicates += 1
+                continue
+            if not self.streams.is_open(producer):
+                raise ValueError(
+                    f"producer {producer!r} has not opened this queue, or its part is closed"
+                )
+            if not self._accept(entry_of(record)):
+                return taken
+        return len(records)
 
     def put_foreign(self, payload: Any) -> bool:
         """Take an item from a program that knows only ``put``; ``None`` ends its stream."""
         if payload is None or (isinstance(payload, str) and payload == END_MARKER):
-            # Once per reader, by psana-ray's rule: one stream ends, however often it is said.
-            self._foreign_streams += not self._foreign_closed
-            self._foreign_closed = True
+            self.streams.end_foreign()
+            self._note_books()
             return True
-        self._begin_if_ended()
-        # A queue that only ever sees foreign puts must not look ended because of an earlier run.
-        self._foreign_closed = False
-        if not self._take([ForeignItem(payload, self._foreign_items, self._foreign_streams)]):
+        self.streams.begin_if_ended(self.drained)
+        self.streams.begin_foreign()
+        if not self._has_room(0):
             return False
-        self._foreign_items += 1
+        name = named(payload) if self.kind == "events" else None
+        stream = self.streams.foreign_stream(name)
+        item = ForeignItem(sanitized(payload), stream, self.streams.foreign_items)
+        if not self._accept(entry_of(item)):
+            return False
+        self.streams.foreign_items += 1
         return True
 
-    @property
-    def failures(self) -> dict[str, str]:
-        """Producers of this generation that ended early, and why."""
-        return dict(self._failures)
+    def get(self, reader: str, holder: str, request: int, max_records: int) -> Delivery:
+        """Lease up to ``max_records``.
 
-    def get(self, reader: str, max_records: int) -> tuple[list[Record], bool]:
-        """Take up to ``max_records``; the second value says that ``reader`` is at the end."""
-        self._join(reader)
-        if self._readers[reader] == _AT_ITS_END:
-            # The ranks of a run share a name: what one was told holds for all, even if the next
-            # run has begun meanwhile.
-            return [], True
-        if not self._ready:
-            at_end = self.ended and self._readers[reader] <= self.generation
-            if at_end:
-                self._readers[reader] = _AT_ITS_END
-                self._end_seen = True
-                # Left over, they would end whoever reads the next run.
-                self._end_markers = 0
-            return [], at_end
-        taken = [self._pop() for _ in range(min(max_records, len(self._ready)))]
-        return taken, False
+        Parameters
+        ----------
+        reader
+            Names the job that reads; it is told the end once.
+        holder
+            Names the process that reads: it is what must be heard of.
+        request
+            A number that grows from request to request of a holder. If it repeats, the answer does.
+        """
+        self.tick()
+        self.leases.hear(holder, self._clock())
+        if self.streams.join(reader, self.drained):
+            self._note_books()
+        again = self.leases.granted(holder, request)
+        if again is not None:
+            return self._delivery(again, flush=False)
+        if self.streams.is_at_end(reader):
+            return Delivery([], True, False, dict(self.streams.failures))
+        holds_nothing = self.leases.holds_nothing(holder)
+        if self._suspects:
+            # Alone: not beside what this reader still holds, and with nothing that comes after.
+            taken = [self._pop(self._suspects)] if holds_nothing else []
+        elif any(self._is_suspect(entry) for entry in self.leases.held_by(holder)):
+            taken = []
+        elif self._ready:
+            taken = [self._pop(self._ready) for _ in range(min(max_records, len(self._ready)))]
+            self.leases.grant(holder, request, taken)
+            granted = self.leases.granted(holder, request) or []
+            return self._delivery(granted, flush=self.streams.ended and not self._ready)
+        else:
+            if self.drained and self.streams.end_for(reader):
+                self._note_books()
+                return Delivery([], True, False, dict(self.streams.failures))
+            return Delivery([], False, self.streams.ended and not holds_nothing, {})
+        self.leases.grant(holder, request, taken)
+        return self._delivery(self.leases.granted(holder, request) or [], flush=True)
 
     def get_foreign(self) -> Record | str | None:
-        """Take one record for a program that knows only ``get``: a record, the end, or nothing."""
-        if self._ready:
-            return self._pop()
-        if self.ended and self._end_markers > 0 and self.kind == "results":
-            self._end_markers -= 1
-            self._end_seen = True
+        """Take one record for a program that knows only ``get``: a record, the end, or nothing.
+
+        Such a program acknowledges nothing: what it is handed counts as acknowledged.
+        """
+        self.tick()
+        for records in (self._ready, self._suspects):
+            if records:
+                entry = self._pop(records)
+                self._settle(entry)
+                return entry.record
+        if self.drained and self.streams.end_markers > 0 and self.kind == "results":
+            self.streams.end_markers -= 1
+            self.streams.end_seen = True
+            self._note_books()
             return END_MARKER
         return None
 
+    def ack(self, tokens: Iterable[int]) -> list[int]:
+        """End leases whose records the next stage has; the answer is the tokens that were stale."""
+        stale = []
+        for token in tokens:
+            entry = self.leases.end(token)
+            if entry is None:
+                stale.append(token)
+                continue
+            self._settle(entry)
+        return stale
+
+    def refuse(self, reasons: dict[int, str]) -> list[int]:
+        """Quarantine leased records, each for a reason; the answer is the stale tokens."""
+        stale = []
+        for token, reason in reasons.items():
+            entry = self.leases.end(token)
+            if entry is None:
+                stale.append(token)
+            else:
+                self._into_quarantine(entry, reason)
+        return stale
+
+    def release(self, tokens: Iterable[int], failure: str | None = None) -> None:
+        """Give records back; with a ``failure``, as after the death of their holder."""
+        holders = {token: self.leases.holder_of(token) for token in tokens}
+        back: list[Entry] = []
+        for token in sorted(holders):
+            entry, holder = self.leases.end(token), holders[token]
+            if entry is None or holder is None:
+                continue
+            if failure is None:
+                back.append(entry)
+            elif not self._lost(entry, holder, failure):
+                back.append(entry)
+        self._put_back(back)
+
+    def held(self, tokens: Iterable[int]) -> list[int]:
+        """Return those of the tokens that are current."""
+        self.tick()
+        return [token for token in tokens if self.leases.holder_of(token) is not None]
+
+    def hear(self, holder: str, producers: Iterable[str]) -> None:
+        """Note that a process is alive, as a reader and as producers."""
+        now = self._clock()
+        self.leases.hear(holder, now)
+        for producer in producers:
+            self.streams.hear(producer, now)
+
+    def tick(self) -> bool:
+        """Take back what silent readers hold, close the parts of silent producers; True if any."""
+        now = self._clock()
+        changed = False
+        for holder, tokens in self.leases.silent(now):
+            reason = f"its reader was silent for {self.leases.lease_s:g} s"
+            entries = [(self.leases.end(token), holder) for token in tokens]
+            back = [e for e, who in entries if e is not None and not self._lost(e, who, reason)]
+            self._put_back(back)
+            changed = True
+        if self.streams.close_silent(now, self.producer_timeout_s):
+            self._note_books()
+            changed = True
+        return changed
+
+    def restore(
+        self,
+        entries: list[Entry],
+        keys: KeySet,
+        books: dict[str, Any] | None,
+        accepted: int,
+        quarantined: int,
+    ) -> None:
+        """Take over what a journal kept of an earlier life of this queue."""
+        self.keys = keys
+        self.accepted, self.quarantined = accepted, quarantined
+        self.acknowledged = accepted - quarantined - len(entries)
+        if books is not None:
+            self.streams.restore(books, self._clock())
+        for entry in entries:
+            self._ready.append(entry)
+            self._ready_bytes += entry.nbytes
+            if isinstance(entry.record, ForeignItem):
+                self.streams.foreign_items = max(
+                    self.streams.foreign_items, entry.record.position + 1
+                )
+        self._largest = len(self._ready)
+
     def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
+        self.tick()
         return QueueStatistics(
-            accepted=self._accepted,
-            delivered=self._delivered,
-            ready=len(self._ready),
+            accepted=self.accepted,
+            acknowledged=self.acknowledged,
+            quarantined=self.quarantined,
+            duplicates=self.duplicates,
+            redeliveries=self._redeliveries,
+            ready=len(self),
             ready_bytes=self._ready_bytes,
+            leased=len(self.leases),
+            leased_bytes=self.leases.nbytes,
             largest=self._largest,
-            open_producers=sorted(self._open),
-            failures=self.failures,
-            ended=self.ended,
+            open_producers=self.streams.open_producers,
+            failures=dict(self.streams.failures),
+            quarantine=list(self._reasons),
+            ended=self.streams.ended,
+            problem=self._problem,
         )
 
-    def __len__(self) -> int:
-        return len(self._ready)
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be accepted although there is room."""
+        return self._problem
 
-    def _begin_if_ended(self) -> None:
-        if not self.ended:
-            return
-        if not self._ready:
-            self.generation += 1
-            self._end_seen = False
-            self._failures.clear()
-        self._closed.clear()
-        self._expected = 0
-        self._foreign_closed = False
-        self._end_markers = 0
+    def _has_room(self, size: int) -> bool:
+        full = len(self) >= self.max_events or self._ready_bytes + size > self.max_bytes
+        return not full or not len(self)
 
-    def _join(self, reader: str) -> None:
-        if reader not in self._readers:
-            over = self.drained and self._end_seen
-            self._readers[reader] = self.generation + 1 if over else self.generation
+    def _accept(self, entry: Entry) -> bool:
+        if not self._has_room(entry.nbytes):
+            return False
+        if self._journal is not None:
+            try:
+                self._journal.put(entry)
+            except OSError as error:
+                # As if it were full: the producer waits, and is told why.
+                self._problem = f"the spool cannot be written: {error}"
+                return False
+            self._problem = None
+        self.keys.add(entry.id)
+        self._ready.append(entry)
+        self._ready_bytes += entry.nbytes
+        self.accepted += 1
+        self._largest = max(self._largest, len(self))
+        return True
 
-    def _take(self, records: list[Record]) -> int:
-        for taken, record in enumerate(records):
-            size = record.nbytes
-            full = len(self._ready) >= self.max_events or self._ready_bytes + size > self.max_bytes
-            if full and self._ready:
-                return taken
-            self._ready.append(record)
-            self._ready_bytes += size
-            self._accepted += 1
-            self._largest = max(self._largest, len(self._ready))
-        return len(records)
+    def _pop(self, records: deque[Entry]) -> Entry:
+        entry = records.popleft()
+        self._ready_bytes -= entry.nbytes
+        return entry
 
-    def _pop(self) -> Record:
-        record = self._ready.popleft()
-        self._ready_bytes -= record.nbytes
-        self._delivered += 1
-        return record
+    def _put_back(self, entries: list[Entry]) -> None:
+        """Put records back where they came from: the front, in their order."""
+        for entry in reversed(entries):
+            (self._suspects if self._is_suspect(entry) else self._ready).appendleft(entry)
+            self._ready_bytes += entry.nbytes
+            self._redeliveries += 1
+
+    def _is_suspect(self, entry: Entry) -> bool:
+        return entry.losses >= _SUSPECT_AFTER
+
+    def _lost(self, entry: Entry, holder: str, reason: str) -> bool:
+        """Count a reader's loss; True if the record has cost too many and is quarantined."""
+        entry.losses += 1
+        entry.lost_by.append(holder)
+        if entry.losses < self.max_losses:
+            return False
+        self._into_quarantine(entry, f"cost {entry.losses} readers, the last time: {reason}")
+        return True
+
+    def _into_quarantine(self, entry: Entry, reason: str) -> None:
+        self._quarantine(entry, reason)
+        self._settle(entry, quarantined=True)
+        self._reasons.append(f"{entry.id}: {reason}")
+
+    def _settle(self, entry: Entry, quarantined: bool = False) -> None:
+        if quarantined:
+            self.quarantined += 1
+        else:
+            self.acknowledged += 1
+        if self._journal is not None:
+            self._journal.settled(entry.id, quarantined)
+
+    def _note_books(self) -> None:
+        if self._journal is not None:
+            self._journal.books(self.streams.to_json())
+
+    def _delivery(self, granted: list[tuple[int, Entry]], flush: bool) -> Delivery:
+        leases = [Lease(token, entry.record, tuple(entry.lost_by)) for token, entry in granted]
+        return Delivery(leases, False, flush, {})
