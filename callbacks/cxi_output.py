@@ -92,9 +92,7 @@ class CxiOutput(L.Callback):
         self.report = self._consumer.result()
         log.info("%s: %s", self.directory, self.report)
         assert self._writer is not None
-        if not self.report.balanced or (
-            trainer.world_size == 1 and self.report.taken != self._writer.predicted
-        ):
+        if not self.report.balanced:
             raise BalanceError(
                 f"{self.directory}: {self.report}; predicted {self._writer.predicted}"
             )

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import Full
 from queue import Queue as BoundedQueue
 from typing import Any
@@ -16,7 +17,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from peaknet_predict.balance import BalanceError
+from peaknet_predict.balance import BalanceError, SurvivedError, queue_balance, write_balance
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PendingPeaks
 from peaknet_predict.queues import (
@@ -123,6 +124,9 @@ class QueueWriter(BasePredictionWriter):
         after the last rank has pushed its last result.
     min_hit_peaks
         An event with at least this many peaks counts as a hit in the log. Nothing is filtered here.
+    balance
+        File for the record of the run: what became of the events, stage by stage. Ranks above 0
+        add their number to the name. None writes none.
 
     Attributes
     ----------
@@ -139,6 +143,7 @@ class QueueWriter(BasePredictionWriter):
         accumulation_steps: int = 1,
         num_consumers: int = 1,
         min_hit_peaks: int = 10,
+        balance: str | None = "predict_balance.json",
     ) -> None:
         # The epoch interval would make Lightning keep every prediction of an endless stream.
         super().__init__("batch")
@@ -150,11 +155,11 @@ class QueueWriter(BasePredictionWriter):
         self.accumulation_steps = accumulation_steps
         self.num_consumers = num_consumers
         self.min_hit_peaks = min_hit_peaks
+        self.balance = balance
         self.predicted = 0
         self.refused = 0
         self.peaks = 0
         self.hits = 0
-        self._given_back = 0
         self.check_consumer: Callable[[], None] = lambda: None
         self._pending: deque[PendingPeaks] = deque()
         self._results: list[Result] = []
@@ -230,19 +235,25 @@ class QueueWriter(BasePredictionWriter):
         BalanceError
             If an event was received and neither predicted nor refused, if all were refused, or if
             the stream has not been read whole.
+        SurvivedError
+            If another rank died or failed, and others have done its work.
         """
         grace_s = GRACE_S if self._dataset is None else self._dataset.grace_s
         with stop_requests(grace_s) as self._stop_requested:
             self._drain()
         problem = self._imbalance(trainer)
         if self._dataset is not None:
-            self._given_back += self._dataset.release()
+            self._dataset.release()
         self._log_balance(trainer)
-        problem = self._sign_off(trainer, problem)
-        # The other ranks have told rank 0 what is wrong with theirs. If they ended with an error
-        # themselves, Lightning would kill rank 0 while it still delivers.
-        if problem is not None and trainer.is_global_zero:
+        elsewhere = self._sign_off(trainer, problem)
+        self._write_balance(trainer, problem, elsewhere)
+        if problem is not None:
             raise BalanceError(problem)
+        if elsewhere is not None:
+            if self._leased_to_its_end:
+                # What the others left undone has come back and has been done.
+                raise SurvivedError(f"every event is accounted for, but {elsewhere}")
+            raise BalanceError(elsewhere)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -262,13 +273,16 @@ class QueueWriter(BasePredictionWriter):
             log.exception("results of the last batches could not be delivered")
         if self._dataset is not None:
             # What is left may be what caused it; the queue counts, and isolates it in the end.
-            stopped = isinstance(exception, KeyboardInterrupt | BalanceError)
-            self._given_back += self._dataset.release(None if stopped else reason)
+            stopped = isinstance(exception, KeyboardInterrupt | BalanceError | SurvivedError)
+            self._dataset.release(None if stopped else reason)
         self._log_balance(trainer)
+        elsewhere = None
         try:
-            self._sign_off(trainer, reason)
+            elsewhere = self._sign_off(trainer, reason)
         except Exception:
             log.exception("the end of the stream could not be marked")
+        if not isinstance(exception, BalanceError | SurvivedError):
+            self._write_balance(trainer, reason, elsewhere)
 
     def _log_balance(self, trainer: L.Trainer) -> None:
         dataset = self._dataset
@@ -372,37 +386,37 @@ class QueueWriter(BasePredictionWriter):
             return f"all {self.refused} events were refused; the last one was {self._last_refusal}"
         return None
 
+    @property
+    def _leased_to_its_end(self) -> bool:
+        """Whether the input has ended with nothing under lease any more, on any rank."""
+        dataset = self._dataset
+        return dataset is not None and dataset.queue.native and dataset.ended
+
     def _sign_off(self, trainer: L.Trainer, failure: str | None) -> str | None:
         """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers.
 
-        Returns what is wrong with the run: with this rank, or, on rank 0, with any.
+        Returns what is wrong with other ranks, as far as this one knows.
         """
         assert self._queue is not None
-        dataset = self._dataset
         if self._queue.native:
-            if dataset is not None and dataset.ended and dataset.queue.native:
-                # Nothing is leased any more: all there is to push has been pushed, by whichever
-                # rank, and no other rank need be waited for.
+            if self._leased_to_its_end:
+                # All there is to push has been pushed, by whichever rank.
                 self._queue.vouch(self._run, failure, self.num_consumers)
             else:
                 self._queue.close(self._producer, failure, self.num_consumers)
-        if self._roster is None:
-            if not self._queue.native:
-                self._queue.close(self._producer, failure, self.num_consumers)
-            return failure
-        try:
-            self._roster.close(self._producer, failure)
-        except QueueError:
-            log.error("rank 0, which is to leave last, is gone")
-            return failure
-        if not trainer.is_global_zero:
-            return failure
-        failure = self._wait_for_ranks(failure)
-        if not self._queue.native:
-            self._queue.close(self._producer, failure, self.num_consumers)
-        return failure
+        elsewhere = None
+        if self._roster is not None:
+            try:
+                self._roster.close(self._producer, failure)
+                if trainer.is_global_zero:
+                    elsewhere = self._wait_for_ranks()
+            except QueueError:
+                elsewhere = "rank 0, which is to leave last, is gone"
+        if not self._queue.native and trainer.is_global_zero:
+            self._queue.close(self._producer, failure or elsewhere, self.num_consumers)
+        return elsewhere
 
-    def _wait_for_ranks(self, failure: str | None) -> str | None:
+    def _wait_for_ranks(self) -> str | None:
         """Wait until every rank has signed off or fallen silent; return what went wrong."""
         assert self._queue is not None
         assert self._roster is not None
@@ -414,12 +428,40 @@ class QueueWriter(BasePredictionWriter):
                 deadline = time.monotonic() + _LAST_RANK_S
             if time.monotonic() > deadline:
                 log.error("gave up waiting for %s", ", ".join(missing))
-                return failure or f"{', '.join(missing)} did not end"
+                return f"{', '.join(missing)} did not end"
             log.info("waiting for %s to push its last results", ", ".join(missing))
         failures = self._roster.statistics().failures
-        if failure is None and failures:
-            failure = "; ".join(f"{who}: {what}" for who, what in failures.items())
-        return failure
+        failures.pop(self._producer, None)
+        return "; ".join(f"{who}: {what}" for who, what in failures.items()) or None
+
+    def _write_balance(
+        self, trainer: L.Trainer, problem: str | None, elsewhere: str | None
+    ) -> None:
+        """Write the record of this rank's run, as JSON."""
+        if self.balance is None:
+            return
+        path = Path(self.balance)
+        if not trainer.is_global_zero:
+            path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+        dataset = self._dataset
+        received = self.predicted + self.refused if dataset is None else dataset.received
+        stages: dict[str, Any] = {
+            "predict": {
+                "rank": trainer.global_rank,
+                "received": received,
+                "predicted": self.predicted,
+                "quarantined": self.refused,
+                "given_back": received - self.predicted - self.refused,
+            }
+        }
+        try:
+            if dataset is not None:
+                stages = {"input": queue_balance(dataset.queue), **stages}
+            if self._queue is not None:
+                stages["output"] = queue_balance(self._queue)
+            write_balance(path, {"problem": problem, "other_ranks": elsewhere, "stages": stages})
+        except (OSError, QueueError) as error:
+            log.error("the balance could not be written to %s: %s", path, error)
 
 
 def _roster(address: QueueAddress) -> NativeQueue:

@@ -1,5 +1,64 @@
-"""The one error that says a run did not account for everything."""
+"""What became of the events of a run: the errors that say it does not add up, and the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+EXIT_FAILED = 1
+"""A command could not do its work; the last line of the log says why."""
+EXIT_INCOMPLETE = 3
+"""A command ended, but not every event that went in is accounted for at its end."""
+EXIT_SURVIVED = 4
+"""Every event is accounted for, but a process of the run died or failed; others did its work."""
 
 
 class BalanceError(RuntimeError):
     """A run ended, but not every event that went in is accounted for at its end."""
+
+
+class SurvivedError(RuntimeError):
+    """Every event is accounted for, but a process of the run died or failed."""
+
+
+def queue_balance(queue: Any) -> dict[str, Any]:
+    """Return what a queue says of its events, and what it promises of them."""
+    balance: dict[str, Any] = {"promise": queue.promise}
+    if queue.native:
+        balance |= asdict(queue.statistics())
+        balance.pop("largest")
+    return balance
+
+
+def write_balance(path: str | Path, balance: Mapping[str, Any]) -> None:
+    """Write the record of a run as JSON, whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file; replaced if it exists.
+    balance
+        Numbers, texts, lists and mappings; dataclasses are taken apart and paths become texts.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as stream:
+            json.dump(balance, stream, indent=2, default=_plain)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)

@@ -8,20 +8,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from peaknet_predict.balance import BalanceError
+from peaknet_predict.balance import (
+    EXIT_FAILED,
+    EXIT_INCOMPLETE,
+    EXIT_SURVIVED,
+    BalanceError,
+    SurvivedError,
+)
 from peaknet_predict.cxi import CxiWriteError
 from peaknet_predict.queues import ClusterError, QueueError
+from peaknet_predict.stopping import GRACE_S
+from peaknet_predict.supervise import Layout, end_with_parent, note_started, supervise
 
 log = logging.getLogger("peaknet_predict")
-
-EXIT_FAILED = 1
-"""A command could not do its work; the last line of the log says why."""
-EXIT_INCOMPLETE = 3
-"""A command ended, but not every event that went in is accounted for at its end."""
 
 _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's options)
 
@@ -31,14 +36,18 @@ _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a
   doctor      check installation, GPU, Ray and a configuration, and say what to do
 
 exit codes: 0 done, every event accounted for; 1 could not do it, the log's last line says why;
-            2 wrong command line or configuration; 3 ended, but interrupted or incomplete
+            2 wrong command line or configuration; 3 ended, but interrupted or incomplete;
+            4 every event accounted for, but a process of the run died and others did its work
 """
 
 
 class PredictCLI(LightningCLI):
     """Lightning's command line, cut down to prediction on streams."""
 
+    exit_code = 0
+
     def __init__(self, args: Sequence[str] | None) -> None:
+        self._words = list(sys.argv[1:] if args is None else args)
         for harmless in _HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", message=harmless)
         super().__init__(
@@ -72,8 +81,41 @@ class PredictCLI(LightningCLI):
         return {"predict": hidden | {"ckpt_path", "weights_only"}}
 
     def predict(self, **kwargs: Any) -> None:
-        """Run the prediction; results leave through the writer and are never kept."""
+        """Run the prediction; results leave through the writer and are never kept.
+
+        Several ranks on this machine become processes under a supervisor, which this one is.
+        """
+        layout = self._layout()
+        if layout is not None:
+            grace_s = getattr(self.datamodule, "grace_s", GRACE_S)
+            self.exit_code = supervise(self._words, layout, grace_s)
+            return
+        end_with_parent()
+        self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
         self.trainer.predict(**kwargs, return_predictions=False)
+
+    def _layout(self) -> Layout | None:
+        """Return the ranks to be started here; None if this is one, or the only one."""
+        launcher = self.trainer.strategy.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            return None
+        environment = launcher.cluster_environment
+        if environment.creates_processes_externally or launcher.num_processes < 2:
+            return None
+        return Layout(
+            launcher.num_processes,
+            launcher.num_processes * launcher.num_nodes,
+            environment.node_rank(),
+            environment.main_address,
+            environment.main_port,
+        )
+
+
+class _Started(L.Callback):
+    """Tells the supervisor when this rank needs no other any more."""
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        note_started(trainer.local_rank)
 
 
 _HARMLESS_WARNINGS = (
@@ -116,6 +158,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BalanceError as error:
         log.error("%s", error)
         return EXIT_INCOMPLETE
+    except SurvivedError as error:
+        log.error("%s", error)
+        return EXIT_SURVIVED
     except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
         return EXIT_FAILED
@@ -125,7 +170,7 @@ def main(args: Sequence[str] | None = None) -> int:
         log.debug("where that was", exc_info=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        log.error("stopped at once; what was under way is lost")
+        log.error("stopped at once; what was under way goes back when its leases end")
         return EXIT_INCOMPLETE
 
 
@@ -135,8 +180,7 @@ def run() -> None:
 
 
 def _predict(args: list[str] | None) -> int:
-    PredictCLI(args)
-    return 0
+    return PredictCLI(args).exit_code
 
 
 def _feed(args: list[str]) -> int:

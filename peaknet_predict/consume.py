@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from peaknet_predict.balance import queue_balance, write_balance
 from peaknet_predict.cxi import CxiStatistics, CxiWriteError, CxiWriter
-from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, connect_queue
+from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import Event, EventId, Refusal, Result
@@ -133,7 +135,13 @@ def write_cxi(
         owner=results.holder,
         still_ours=results.still_held,
     )
-    return drain(results, writer, grace_s)
+    report = drain(results, writer, grace_s)
+    try:
+        stages = {"output": queue_balance(results), "files": report}
+        write_balance(Path(directory) / f"{prefix}_balance.json", {"stages": stages})
+    except (OSError, QueueError) as error:
+        log.error("the balance could not be written: %s", error)
+    return report
 
 
 def drain(queue: Queue, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeReport:

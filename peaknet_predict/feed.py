@@ -51,6 +51,7 @@ def feed(
     loop: bool = False,
     rank: int = 0,
     producers: int = 1,
+    stream: str | None = None,
 ) -> FeedReport:
     """Push events into an input queue, and mark the end of the stream.
 
@@ -74,6 +75,9 @@ def feed(
         This producer's number, for the identity of its events.
     producers
         How many producers make the stream together: it ends when all of them have finished.
+    stream
+        A name for this stream, unlike any other's. Started again with the name, a producer that was
+        killed goes on behind the last event that the queue has accepted. By default a new name.
 
     Raises
     ------
@@ -89,7 +93,16 @@ def feed(
     if producers < 1:
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
     connect(address)
-    return push(source, connect_queue(queue, "events"), rate_hz, num_events, loop, rank, producers)
+    return push(
+        source,
+        connect_queue(queue, "events"),
+        rate_hz,
+        num_events,
+        loop,
+        rank,
+        producers,
+        stream,
+    )
 
 
 def push(
@@ -100,9 +113,18 @@ def push(
     loop: bool = False,
     rank: int = 0,
     producers: int = 1,
+    stream: str | None = None,
 ) -> FeedReport:
     """Push events into a connected queue; parameters as for `feed`."""
-    stream = new_stream_id()
+    if stream is not None and not queue.native:
+        raise ValueError(
+            "stream: another program's queue does not know which events it has had, so that no "
+            "producer can go on in it; leave the stream's name out"
+        )
+    first = 0 if stream is None else queue.first_missing(stream, rank)
+    if first:
+        log.info("stream %s: the queue has had the events before %d", stream, first)
+    stream = stream or new_stream_id()
     producer = f"feed:{stream}:{rank}"
     queue.open(producer, of=producers)
     started = time.monotonic()
@@ -110,7 +132,9 @@ def push(
     failure: str | None = "the producer ended early"
     try:
         with stop_requests() as stop:
-            for chunk in _chunks(_identified(source, stream, rank, num_events, loop), rate_hz):
+            for chunk in _chunks(
+                _identified(source, stream, rank, num_events, loop, first), rate_hz
+            ):
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
                 if stop.is_set():
@@ -128,12 +152,16 @@ def push(
 
 
 def _identified(
-    source: EventSource, stream: str, rank: int, num_events: int | None, loop: bool
+    source: EventSource, stream: str, rank: int, num_events: int | None, loop: bool, first: int
 ) -> Iterator[Event]:
     """Give the source's events their numbers: from 0, on through every pass of a loop."""
-    passes = itertools.count() if loop and len(source) > 0 else range(1)
-    records = (record for _ in passes for record in source.events())
-    for idx, (_, image, photon_energy) in enumerate(itertools.islice(records, num_events)):
+    length = len(source)
+    endless = loop and length > 0
+    done, begin = divmod(first, length) if endless else (0, min(first, length))
+    passes = itertools.count(done) if endless else range(1)
+    records = (r for n in passes for r in source.events(begin if n == done else 0))
+    left = None if num_events is None else max(0, num_events - first)
+    for idx, (_, image, photon_energy) in enumerate(itertools.islice(records, left), first):
         yield Event(EventId(stream, rank, idx), image, photon_energy)
 
 

@@ -86,6 +86,9 @@ class Queue(Protocol):
     def touch(self) -> None:
         """Note that the work goes on."""
 
+    def first_missing(self, stream: str, rank: int) -> int:
+        """Return the first idx of a stream that was never accepted; 0 where that is not known."""
+
     def size(self) -> int:
         """Return how many items can be taken now."""
 

@@ -182,6 +182,10 @@ class ForeignQueue:
     def touch(self) -> None:
         """Do nothing: such a queue does not ask who is alive."""
 
+    def first_missing(self, stream: str, rank: int) -> int:
+        """Return 0: such a queue remembers nothing."""
+        return 0
+
     def size(self) -> int:
         """Return how many items can be taken now."""
         return int(self._call([("size", ())])[0])
