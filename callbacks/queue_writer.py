@@ -33,7 +33,6 @@ from peaknet_predict.types import EventBatch, EventId, Refusal, Result
 log = logging.getLogger(__name__)
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
-_RANK_TIMEOUT_S = 30.0  # after so long without a sign of life a rank counts as dead
 _LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
 _LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
@@ -187,7 +186,9 @@ class QueueWriter(BasePredictionWriter):
         # has pushed its last result, whatever kind of queue the output is and whoever else writes
         # to it. It belongs to rank 0, which leaves last.
         roster = QueueAddress(
-            f"{self.queue_address.name}.roster.{run}", producer_timeout_s=_RANK_TIMEOUT_S
+            f"{self.queue_address.name}.roster.{run}",
+            # A rank that is silent for as long has lost what it held.
+            producer_timeout_s=self.queue_address.lease_s,
         )
         if trainer.is_global_zero:
             if trainer.world_size > 1:

@@ -338,8 +338,8 @@ def _beat(queue: weakref.ref[NativeQueue], interval_s: float) -> None:
             return
         try:
             client._say_alive()
-        except ray.exceptions.ActorDiedError:
-            return  # whoever uses the queue finds out, and says so
+        except (ray.exceptions.ActorDiedError, SystemExit):
+            return  # the queue is gone, as its users find out; or Ray ends with this process
         except Exception as error:
             log.debug("heartbeat: %s", error)
         del client
