@@ -12,14 +12,18 @@ from callbacks.lookup import callback_of
 from callbacks.queue_writer import QueueWriter
 from peaknet_predict.balance import BalanceError
 from peaknet_predict.consume import ConsumeReport, write_cxi
-from peaknet_predict.queues import ClusterTask, run_in_cluster
+from peaknet_predict.queues import ClusterTask, ProcessLostError, run_in_cluster
 from peaknet_predict.queues.cluster import current_address
 
 log = logging.getLogger(__name__)
 
+_MAX_RESTARTS = 5
+
 
 class CxiOutput(L.Callback):
     """Run the consumer of the `QueueWriter`'s queue in another process of the cluster.
+
+    If that process is killed it is started again, and goes on where the files end.
 
     List it behind the `QueueWriter`: the files are complete when that one has marked the end.
 
@@ -54,6 +58,7 @@ class CxiOutput(L.Callback):
         self.report: ConsumeReport | None = None
         self._writer: QueueWriter | None = None
         self._consumer: ClusterTask | None = None
+        self._restarts = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the consumer, once per run."""
@@ -63,9 +68,12 @@ class CxiOutput(L.Callback):
         if not trainer.is_global_zero:
             return
         self._writer.check_consumer = self._check
-        self._consumer = run_in_cluster(
+        self._consumer = self._start(self._writer)
+
+    def _start(self, writer: QueueWriter) -> ClusterTask:
+        return run_in_cluster(
             write_cxi,
-            self._writer.queue_address,
+            writer.queue_address,
             # The consumer's working directory is its own.
             str(Path(self.directory).resolve()),
             current_address(),
@@ -82,14 +90,33 @@ class CxiOutput(L.Callback):
 
     def _check(self) -> None:
         if self._consumer is not None and self._consumer.done():
-            self._consumer.result()
-            raise RuntimeError("the CXI consumer ended before the run did")
+            self._result()
+            if self._consumer.done():
+                raise RuntimeError("the CXI consumer ended before the run did")
+
+    def _result(self, wait: bool = False) -> ConsumeReport | None:
+        """Return the consumer's report; start it again if its process has died."""
+        assert self._consumer is not None
+        assert self._writer is not None
+        while True:
+            try:
+                report: ConsumeReport = self._consumer.result()
+                return report
+            except ProcessLostError as error:
+                self._restarts += 1
+                if self._restarts > _MAX_RESTARTS:
+                    raise
+                log.error("the CXI consumer died (%s) and is started again", error)
+                self._consumer = self._start(self._writer)
+                if not wait:
+                    return None
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last file and check that every result is in one, or was filtered."""
         if self._consumer is None:
             return
-        self.report = self._consumer.result()
+        self.report = self._result(wait=True)
+        assert self.report is not None
         log.info("%s: %s", self.directory, self.report)
         assert self._writer is not None
         if not self.report.balanced:

@@ -219,6 +219,17 @@ def test_a_silent_producer_is_closed_and_may_come_back() -> None:
     assert take_all(state, "next") == [0]
 
 
+def test_a_producer_that_only_slept_goes_on() -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 1000, producer_timeout_s=60, clock=clock)
+    state.open("p")
+    clock.now = 61.0
+    assert ask(state, "first").ended
+    assert state.put("p", [event(0)]) == 1
+    assert take_all(state, "next") == [0]
+    assert state.statistics().failures == {}
+
+
 def test_whoever_saw_the_end_before_vouches_for_the_silent() -> None:
     clock = Clock()
     state = QueueState("results", 10, 1000, producer_timeout_s=60, clock=clock)

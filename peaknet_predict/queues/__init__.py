@@ -2,7 +2,12 @@
 
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.client import Queue, connect_queue
-from peaknet_predict.queues.cluster import ClusterError, ClusterTask, run_in_cluster
+from peaknet_predict.queues.cluster import (
+    ClusterError,
+    ClusterTask,
+    ProcessLostError,
+    run_in_cluster,
+)
 from peaknet_predict.queues.foreign import ForeignQueue
 from peaknet_predict.queues.native import NativeQueue, Taken
 
@@ -11,6 +16,7 @@ __all__ = [
     "ClusterTask",
     "ForeignQueue",
     "NativeQueue",
+    "ProcessLostError",
     "Queue",
     "QueueAddress",
     "QueueError",

@@ -121,6 +121,10 @@ def disconnect() -> None:
     _ray().shutdown()
 
 
+class ProcessLostError(RuntimeError):
+    """The process that ran a function in the cluster died."""
+
+
 class ClusterTask:
     """A function that runs in another process of the cluster."""
 
@@ -139,12 +143,16 @@ class ClusterTask:
         ------
         TimeoutError
             If it still runs after ``timeout_s`` seconds.
+        ProcessLostError
+            If its process died.
         """
         ray = _ray()
         try:
             return ray.get(self._reference, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"still running after {timeout_s} s") from error
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise ProcessLostError(str(error).splitlines()[0]) from error
 
 
 def run_in_cluster(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ClusterTask:

@@ -182,12 +182,14 @@ class NativeQueue:
     def ack(self, ids: Iterable[EventId]) -> None:
         """Say that the next stage has these: the queue need not keep them any longer.
 
-        Of those whose lease has ended meanwhile, nothing is said: others have them now.
+        The queue's answer is not waited for. An acknowledgement that is lost costs nothing: the
+        records come again, and whoever has them knows. Of those whose lease has ended meanwhile,
+        nothing is said: others have them now.
         """
         self.touch()
         done, reasons = self._finish(ids, None)
         if done:
-            self._call("ack", done)
+            self._handle.ack.options(num_returns=0).remote(done)
         if reasons:
             self._call("refuse", reasons)
 

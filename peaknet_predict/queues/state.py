@@ -197,6 +197,8 @@ class QueueState:
             if record.id in self.keys:
                 self.duplicates += 1
                 continue
+            if self.streams.fell_silent(producer):
+                self.open(producer)  # it only slept
             if not self.streams.is_open(producer):
                 raise ValueError(
                     f"producer {producer!r} has not opened this queue, or its part is closed"

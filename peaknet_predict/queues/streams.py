@@ -67,6 +67,10 @@ class StreamBook:
         """Whether a producer may put."""
         return producer in self._heard
 
+    def fell_silent(self, producer: str) -> bool:
+        """Whether a producer's part was closed because nothing was heard of it."""
+        return producer in self._silenced
+
     def hear(self, producer: str, now: float) -> None:
         """Note that a producer is alive."""
         if producer in self._heard:
