@@ -24,7 +24,7 @@ from peaknet_predict.balance import (
 from peaknet_predict.cxi import CxiWriteError
 from peaknet_predict.queues import ClusterError, QueueError
 from peaknet_predict.stopping import GRACE_S
-from peaknet_predict.supervise import Layout, end_with_parent, note_started, supervise
+from peaknet_predict.supervise import Layout, note_started, supervise
 
 log = logging.getLogger("peaknet_predict")
 
@@ -90,7 +90,6 @@ class PredictCLI(LightningCLI):
             grace_s = getattr(self.datamodule, "grace_s", GRACE_S)
             self.exit_code = supervise(self._words, layout, grace_s)
             return
-        end_with_parent()
         self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
         self.trainer.predict(**kwargs, return_predictions=False)
 

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _STARTED = "PEAKNET_PREDICT_STARTED"
 """In a rank's environment: the directory where it notes that it has begun to work."""
 
+_SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
+"""In a rank's environment: the process that must be its parent."""
+
 _LOOK_S = 0.2
 _MARGIN_S = 15.0  # beyond the grace, before ranks that do not end are killed
 _HUNG_S = 900.0  # after a rank has seen the end of the stream, the others have nothing to wait for
@@ -46,19 +49,30 @@ class Layout:
     main_port: int
 
 
+def rank_process() -> None:
+    """Be a rank, for the supervisor that started this process."""
+    # Until it works it may wait for other ranks, and hears no request to stop.
+    _end_with_parent(signal.SIGKILL)
+    from peaknet_predict.cli import run
+
+    run()
+
+
 def note_started(rank: int) -> None:
     """Tell the supervisor, if there is one, that this rank needs no other rank any more."""
     directory = os.environ.get(_STARTED)
     if directory is not None:
+        _end_with_parent(signal.SIGTERM)
         with contextlib.suppress(OSError):
             (Path(directory) / str(rank)).touch()
 
 
-def end_with_parent() -> None:
-    """Have a supervised rank asked to stop when its supervisor is killed."""
-    if _STARTED in os.environ:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def _end_with_parent(number: signal.Signals) -> None:
+    """Have this process sent a signal when its supervisor is gone."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
+    if os.getppid() != int(os.environ[_SUPERVISOR]):
+        os.kill(os.getpid(), number)
 
 
 def supervise(words: Sequence[str], layout: Layout, grace_s: float) -> int:
@@ -119,8 +133,9 @@ class _Ranks:
             # The ranks meet at the supervisor's store: none of them takes it along.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             _STARTED: str(started),
+            _SUPERVISOR: str(os.getpid()),
         }
-        program = "from peaknet_predict.cli import run; run()"
+        program = "from peaknet_predict.supervise import rank_process; rank_process()"
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-c", program, *words],
