@@ -299,6 +299,18 @@ class QueueWriter(BasePredictionWriter):
             f" + {back} {rest}" if rest else "",
             self.peaks,
         )
+        if trainer.is_global_zero:
+            for name, queue in (
+                ("input", None if dataset is None else dataset.queue),
+                ("output", self._queue),
+            ):
+                if queue is not None:
+                    log.log(
+                        logging.INFO if queue.native else logging.WARNING,
+                        "promise of the %s queue: %s",
+                        name,
+                        queue.promise,
+                    )
 
     def latency_ms(self, *percentiles: float) -> list[float]:
         """Return percentiles of the latency from put to result, of the latest events."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import os
 import platform
 import shutil
 import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,9 @@ from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
 
 _MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
 _LITTLE_SPACE_GIB = 50
+_STRANGER_S = 8.0  # a cluster that has not let a stranger in by then does not
+_QUARANTINE_SHOWN = 5
+_OURS = {"peaknet_predict", "callbacks"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,6 @@ def doctor(
     queues: list[str] | None = None,
     namespace: str = NAMESPACE,
     directory: str | None = None,
-    close_producers: bool = False,
 ) -> int:
     """Check installation, GPU and Ray's security, and what is named; print a line for each.
 
@@ -57,9 +63,6 @@ def doctor(
         Ray namespace of the queues.
     directory
         Where CXI files are to go: must be writable and have room.
-    close_producers
-        Close, in the named queues, the parts of the stream of producers that were killed and could
-        not do so; readers then get what is left and end. Only when none of them is running.
 
     Returns
     -------
@@ -68,7 +71,7 @@ def doctor(
     """
     checks: list[Callable[[], Iterator[Finding]]] = [_check_packages, _check_gpu, _check_token]
     if address is not None:
-        checks.append(lambda: _check_cluster(address, queues or [], namespace, close_producers))
+        checks.append(lambda: _check_cluster(address, queues or [], namespace))
     elif queues:
         raise ValueError("to look for queues, give the cluster's address too, e.g. --address auto")
     if directory is not None:
@@ -129,6 +132,12 @@ def _check_gpu() -> Iterator[Finding]:
 
 
 def _check_token() -> Iterator[Finding]:
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        yield Finding(
+            "FAIL",
+            "RAY_AUTH_MODE=disabled: a cluster started here lets everyone who reaches it run code "
+            "as you; unset it, or set it to token",
+        )
     path = token_path()
     if not path.exists():
         yield Finding("ok", f"no Ray token at {path} yet; an embedded cluster will make one")
@@ -143,9 +152,7 @@ def _check_token() -> Iterator[Finding]:
         yield Finding("ok", f"Ray token {path} is readable by its owner only")
 
 
-def _check_cluster(
-    address: str, queues: list[str], namespace: str, close_producers: bool
-) -> Iterator[Finding]:
+def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[Finding]:
     import ray
 
     try:
@@ -158,27 +165,71 @@ def _check_cluster(
     yield Finding(
         "ok", f"Ray {ray.__version__} cluster {cluster}: {len(alive)} nodes, {gpus:g} GPUs"
     )
+    yield _check_admission(cluster)
     for name in queues:
-        queue_address = QueueAddress(name, namespace=namespace, create=False)
-        for kind in ("events", "results"):
-            try:
-                queue = connect_queue(queue_address, kind)
-            except QueueError as error:
-                problem = str(error)
-                continue
-            whose = "our own" if queue.native else "three methods only, as psana-ray's"
-            state = ""
-            if isinstance(queue, NativeQueue):
-                producers = queue.statistics().open_producers
-                state = f"; open producers: {', '.join(producers) or 'none'}"
-                if close_producers:
-                    for producer in producers:
-                        queue.close(producer, failure="closed by peaknet-predict doctor")
-                    state += ", now closed" if producers else ""
-            yield Finding("ok", f"queue {name!r}: {queue.size()} waiting ({whose}){state}")
-            break
-        else:
-            yield Finding("FAIL", problem)
+        yield from _check_queue(QueueAddress(name, namespace=namespace, create=False))
+
+
+def _check_admission(cluster: str) -> Finding:
+    """Try to join without a token, as a stranger would."""
+    program = (
+        "import ray; print(flush=True); "
+        f"ray.init(address={cluster!r}, log_to_driver=False, logging_level='ERROR')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    with tempfile.TemporaryDirectory() as home:
+        stranger = subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment | {"HOME": home, "RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert stranger.stdout is not None
+        stranger.stdout.readline()  # what follows is the joining alone
+        try:
+            admitted = stranger.wait(timeout=_STRANGER_S) == 0
+        except subprocess.TimeoutExpired:
+            admitted = False
+        finally:
+            stranger.kill()
+            stranger.wait()
+            stranger.stdout.close()
+    if admitted:
+        return Finding(
+            "FAIL",
+            f"{cluster} admits processes without a token: everyone who reaches it can run code as "
+            "you. Start it with RAY_AUTH_MODE=token",
+        )
+    return Finding("ok", f"{cluster} admits nobody without its token")
+
+
+def _check_queue(address: QueueAddress) -> Iterator[Finding]:
+    problem = ""
+    for kind in ("events", "results"):
+        try:
+            queue = connect_queue(address, kind)
+        except QueueError as error:
+            problem = str(error)
+            continue
+        if not isinstance(queue, NativeQueue):
+            yield Finding(
+                "warn",
+                f"queue {address.name!r}: {queue.size()} waiting; three methods only, as "
+                f"psana-ray's. {queue.promise}",
+            )
+            return
+        now = queue.statistics()
+        yield Finding(
+            "warn" if now.problem else "ok",
+            f"queue {address.name!r}: {now.ready} waiting, {now.leased} leased, "
+            f"{now.acknowledged} acknowledged, {now.quarantined} in quarantine; {queue.promise}; "
+            f"open producers: {', '.join(now.open_producers) or 'none'}"
+            + (f"; {now.problem}" if now.problem else ""),
+        )
+        for line in now.quarantine[-_QUARANTINE_SHOWN:]:
+            yield Finding("warn", f"queue {address.name!r}, in quarantine: {line}")
+        return
+    yield Finding("FAIL", problem)
 
 
 def _check_directory(directory: Path) -> Iterator[Finding]:
@@ -193,6 +244,31 @@ def _check_directory(directory: Path) -> Iterator[Finding]:
     yield Finding(
         "ok" if free >= _LITTLE_SPACE_GIB else "warn", f"{directory}: {free:.0f} GiB free"
     )
+
+
+def _check_code(config: list[str]) -> Iterator[Finding]:
+    """Name the code that configurations bring along: it runs as the user."""
+    import yaml
+
+    def class_paths(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            if isinstance(value.get("class_path"), str):
+                yield value["class_path"]
+            value = list(value.values())
+        if isinstance(value, list):
+            for part in value:
+                yield from class_paths(part)
+
+    named = {
+        name for path in config for name in class_paths(yaml.safe_load(Path(path).read_text()))
+    }
+    foreign = sorted(name for name in named if name.partition(".")[0] not in _OURS and "." in name)
+    if foreign:
+        yield Finding(
+            "warn",
+            f"the configuration runs code that is not this program's: {', '.join(foreign)}; it "
+            "runs as you, so know where it comes from",
+        )
 
 
 def _check_configuration(config: list[str]) -> Iterator[Finding]:
@@ -218,6 +294,7 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
         yield Finding("FAIL", f"{' + '.join(config)}: {type(error).__name__}: {error}")
     else:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
+        yield from _check_code(config)
         net = getattr(model, "net", None)
         if getattr(net, "weights_sha256", "has none") is None:
             yield Finding(

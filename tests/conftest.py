@@ -23,6 +23,6 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture
-def address(cluster: str) -> QueueAddress:
+def address(cluster: str, tmp_path: Path) -> QueueAddress:
     """A queue of its own for every test."""
-    return QueueAddress(f"queue-{uuid4().hex[:8]}")
+    return QueueAddress(f"queue-{uuid4().hex[:8]}", quarantine=str(tmp_path / "quarantine"))

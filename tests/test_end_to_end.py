@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -102,6 +103,11 @@ def test_three_processes_on_one_ray(
     assert "received 21 = predicted 21 + refused 0" in finish(predict)
     said = finish(writer)
     assert "taken 21 = written 21 + filtered 0 + refused 0, in 3 files" in said
+    stages = json.loads((tmp_path / "predict_balance.json").read_text())["stages"]
+    assert stages["input"]["accepted"] == stages["input"]["acknowledged"] == 21
+    assert stages["predict"]["predicted"] == stages["output"]["accepted"] == 21
+    stages = json.loads((tmp_path / "cxi" / "peaks_balance.json").read_text())["stages"]
+    assert stages["output"]["acknowledged"] == stages["files"]["cxi"]["written"] == 21
 
     simulator = Simulator(num_events=21, seed=5, **SMALL)  # type: ignore[arg-type]
     read = list(events(tmp_path / "cxi"))
@@ -162,7 +168,10 @@ def test_foreign_queues_at_both_ends_with_a_pause_in_the_stream(
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     snr, cpu = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "cpu.yaml"
-    finish(start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path))
+    said = finish(start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path))
+    assert "promise of the input queue: weaker: another program's queue" in said
+    balance = json.loads((tmp_path / "predict_balance.json").read_text())
+    assert "weaker" in balance["stages"]["output"]["promise"]
     reader.join(timeout=30)
     assert items.pop() == "END"
     tuples = [part for item in items for part in item]
