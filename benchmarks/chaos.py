@@ -129,6 +129,10 @@ def _own(queue: NativeQueue | ForeignQueue) -> NativeQueue:
     return queue
 
 
+def _move(path: Path, to: Path) -> None:
+    path.rename(to)
+
+
 def _environment(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/environ").read_text()
@@ -199,7 +203,17 @@ class Run:
 
     def _writer(self, cluster: str) -> list[str]:
         words = ["write-cxi", "--address", cluster, *self._settings("out")]
-        return [*words, "--directory", str(self.cxi), "--events_per_file", "20", "--grace_s", "5"]
+        return [
+            *words,
+            "--directory",
+            str(self.cxi),
+            "--events_per_file",
+            "20",
+            "--grace_s",
+            "5",
+            "--create",
+            "false",
+        ]
 
     def _configuration(self, cluster: str, ranks: int) -> Path:
         def queue(kind: str) -> dict[str, Any]:
@@ -409,16 +423,8 @@ class Run:
         if away.exists():
             return None
         self.cxi.rename(away)
-        self._undo_after(self.random.uniform(1.0, 3.0), lambda: self._bring_back(away))
+        self._undo_after(self.random.uniform(1.0, 3.0), lambda: _move(away, self.cxi))
         return str(self.cxi.name)
-
-    def _bring_back(self, away: Path) -> None:
-        # A writer that was started meanwhile has made a directory of its own.
-        if self.cxi.exists():
-            for path in self.cxi.iterdir():
-                path.rename(away / f"interim_{self.random.randrange(10**9)}_{path.name}")
-            self.cxi.rmdir()
-        away.rename(self.cxi)
 
     def _undo_after(self, seconds: float, undo: Callable[[], None]) -> None:
         self._later.append((time.monotonic() + seconds, undo))

@@ -92,6 +92,7 @@ def write_cxi(
     min_peaks: int = 0,
     max_peaks: int = 2048,
     compression: Literal["none", "gzip"] = "none",
+    create: bool = True,
     grace_s: float = GRACE_S,
 ) -> ConsumeReport:
     """Write results from an output queue to CXI files until the stream ends.
@@ -120,6 +121,9 @@ def write_cxi(
         Peaks listed per event; of more, the strongest are kept and the event is marked.
     compression
         Of the pixels.
+    create
+        Make the directory if it is missing. Where this command is started again by itself, say
+        false: a file system that is not mounted is then no empty directory to begin anew in.
     grace_s
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
@@ -132,6 +136,7 @@ def write_cxi(
         min_peaks=min_peaks,
         max_peaks=max_peaks,
         compression=compression,
+        create=create,
         owner=results.holder,
         still_ours=results.still_held,
     )

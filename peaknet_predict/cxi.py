@@ -114,6 +114,9 @@ class CxiWriter:
         Of the pixels; ``"gzip"`` takes about five times as long as ``"none"``.
     max_file_bytes
         A file is written when its pixels would exceed this: the bound on the memory used.
+    create
+        Make the directory if it is missing. Without, a file system that is not mounted is not
+        mistaken for a directory without files, in which everything would be written again.
     owner
         Names this writer among those that share the directory.
     still_ours
@@ -143,6 +146,7 @@ class CxiWriter:
         max_peaks: int = 2048,
         compression: Literal["none", "gzip"] = "none",
         max_file_bytes: int = 2 * 1024**3,
+        create: bool = True,
         owner: str | None = None,
         still_ours: Callable[[Collection[EventId]], Collection[EventId]] = lambda ids: ids,
     ) -> None:
@@ -173,7 +177,10 @@ class CxiWriter:
         self.statistics = CxiStatistics()
         try:
             # No parents: a path that is misspelt or not mounted must not be made up.
-            self._directory.mkdir(exist_ok=True)
+            if create:
+                self._directory.mkdir(exist_ok=True)
+            elif not self._directory.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if not os.access(self._directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:

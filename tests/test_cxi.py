@@ -469,6 +469,9 @@ def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path) -> Non
 def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     CxiWriter(tmp_path / "new")
     assert (tmp_path / "new").is_dir()
+    with pytest.raises(CxiWriteError, match="Create the directory"):
+        CxiWriter(tmp_path / "not mounted", create=False)
+    assert not (tmp_path / "not mounted").exists()
     with pytest.raises(CxiWriteError, match="Create the directory") as caught:
         CxiWriter(tmp_path / "missing" / "new")
     assert str(tmp_path / "missing" / "new") in str(caught.value)
@@ -484,6 +487,9 @@ def test_directory_that_vanishes(tmp_path: Path) -> None:
     writer = CxiWriter(tmp_path / "out")
     writer.add(make_result())
     (tmp_path / "out").rmdir()
+    with pytest.raises(CxiWriteError, match="Create the directory"):
+        CxiWriter(tmp_path / "not mounted", create=False)
+    assert not (tmp_path / "not mounted").exists()
     with pytest.raises(CxiWriteError, match="Create the directory") as caught:
         writer.flush()
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), CxiWriteError)

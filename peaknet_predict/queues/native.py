@@ -219,10 +219,16 @@ class NativeQueue:
         return len(tokens)
 
     def still_held(self, ids: Iterable[EventId]) -> set[EventId]:
-        """Ask the queue which of these are leased to us at this moment."""
+        """Ask the queue which of these are leased to us at this moment, and forget the others."""
         with self._lock:
             tokens = {key: self._tokens[key] for key in ids if key in self._tokens}
         current = set(self._call("held", list(set(tokens.values()))))
+        with self._lock:
+            for key, token in tokens.items():
+                if token not in current and self._tokens.get(key) == token:
+                    del self._tokens[key]
+                    self._parts.pop(token, None)
+                    self._refused.pop(token, None)
         return {key for key, token in tokens.items() if token in current}
 
     @property
