@@ -23,7 +23,7 @@ import numpy as np
 from peaknet_predict.cxi_file import CxiRow, kind_of, read_ids, write_cxi_file
 from peaknet_predict.integrate import integrate_peaks
 from peaknet_predict.keys import KeySet
-from peaknet_predict.types import EventId, Result
+from peaknet_predict.types import ANYONE, EventId, Result
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +270,8 @@ class CxiWriter:
     def fence(self, owners: Iterable[str]) -> list[EventId]:
         """Take over from writers that fell silent: call it before `add`-ing what they had.
 
+        `ANYONE` among the ``owners`` stands for all that share directory and prefix.
+
         Their unfinished files go, so that one of them that only slept cannot finish it any more;
         what they had finished before is known from now on.
 
@@ -286,7 +288,8 @@ class CxiWriter:
         try:
             for owner in owners:
                 if owner != self._owner:
-                    pattern = f".{glob.escape(self._prefix)}.{glob.escape(owner)}.*.tmp"
+                    name = owner if owner == ANYONE else glob.escape(owner)
+                    pattern = f".{glob.escape(self._prefix)}.{name}.*.tmp"
                     for path in self._directory.glob(pattern):
                         path.unlink(missing_ok=True)
             self._look_up()

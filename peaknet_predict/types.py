@@ -33,6 +33,10 @@ JOULES_PER_EV = 1.602176634e-19
 """Exact: the elementary charge in coulombs (SI, 2019)."""
 
 
+ANYONE = "*"
+"""Stands for every process, where it is not known which one had an event."""
+
+
 class EventId(NamedTuple):
     """Which event this is; unique for as long as a queue lives.
 

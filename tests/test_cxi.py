@@ -25,7 +25,7 @@ from hypothesis.extra import numpy as hnp
 
 from peaknet_predict.cxi import CxiWriteError, CxiWriter
 from peaknet_predict.cxi_file import read_cxi
-from peaknet_predict.types import EventId, Result
+from peaknet_predict.types import ANYONE, EventId, Result
 
 
 def make_result(
@@ -457,11 +457,14 @@ def test_a_writer_that_only_slept_cannot_write_what_another_took_over(
     assert sorted(written) == [0, 1, 2, 3]
 
 
-def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", ["first", ANYONE])
+def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path, owner: str) -> None:
     other = CxiWriter(tmp_path, owner="other")
     first = CxiWriter(tmp_path, owner="first", events_per_file=1)
     first.add(make_result(0))  # and is killed before it can say so
-    other.fence(["first"])
+    (tmp_path / ".peaks.first.1234.tmp").touch()
+    other.fence([owner])
+    assert not list(tmp_path.glob(".*.tmp"))
     assert [key.idx for key in other.add(make_result(0))] == [0]
     assert other.statistics.duplicates == 1
 

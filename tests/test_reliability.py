@@ -25,7 +25,7 @@ from peaknet_predict.feed import push
 from peaknet_predict.quarantine import read_index
 from peaknet_predict.queues import NativeQueue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.sources import Simulator
-from peaknet_predict.types import Event, EventId, Refusal
+from peaknet_predict.types import ANYONE, Event, EventId, Refusal
 from tests.test_end_to_end import CONFIGS, finish, start, wait_until
 
 
@@ -99,10 +99,14 @@ def test_with_a_spool_the_death_of_the_queue_costs_nothing(
     queue.ack([one.id for one in taken if one.id])  # of a lease that died with the queue
     queue.close("p")
     idx, ended = [], False
+    before: set[tuple[str, ...]] = set()
     while not ended:
-        more, ended = queue.take("r", 4, 1.0)
+        more, ended = queue.get("r", 4, 1.0)
         idx += [one.id.idx for one in more if one.id]
+        before |= {queue.lost_by(one.id) for one in more if one.id and one.id.idx < 6}
+        queue.ack([one.id for one in more if one.id])
     assert idx == [1, 2, 3, 4, 5, 6, 7], "what was acknowledged stays so"
+    assert before == {(ANYONE,)}, "a writer has to look whether it is in a file already"
     statistics = queue.statistics()
     assert (statistics.accepted, statistics.acknowledged, statistics.duplicates) == (8, 8, 2)
     assert "on disk" in queue.promise

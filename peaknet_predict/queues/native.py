@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ Taken = Event | Result | Refusal
 _PUT_BYTES = 64 * 2**20  # most bytes of one put: some 16 events of 4 MB
 _HICCUP_S = 60.0  # how long a queue may be out of reach, or restarting, before a call fails
 _POLL_S = 2.0  # longest single wait inside the actor; bounds how late a signal is noticed
+_ACKS_UNDER_WAY = 32  # more unanswered acknowledgements than that are waited for
 _STALL_S = 600.0  # without a sign of work for so long, what is held is not kept any longer
 
 
@@ -67,6 +69,7 @@ class NativeQueue:
         self._parts: dict[int, int] = {}  # how many of a lease's parts are under way
         self._refused: dict[int, str] = {}
         self._lost_by: dict[EventId, tuple[str, ...]] = {}
+        self._unconfirmed: deque[tuple[Any, list[int]]] = deque()
         self._touched = time.monotonic()
         self._heart: threading.Thread | None = None
 
@@ -182,14 +185,14 @@ class NativeQueue:
     def ack(self, ids: Iterable[EventId]) -> None:
         """Say that the next stage has these: the queue need not keep them any longer.
 
-        The queue's answer is not waited for. An acknowledgement that is lost costs nothing: the
-        records come again, and whoever has them knows. Of those whose lease has ended meanwhile,
-        nothing is said: others have them now.
+        The queue's answer is not waited for; what is not answered is sent again. Of those whose
+        lease has ended meanwhile, nothing is said: others have them now.
         """
         self.touch()
         done, reasons = self._finish(ids, None)
         if done:
-            self._handle.ack.options(num_returns=0).remote(done)
+            self._send_acknowledgement(done)
+        self._confirm()
         if reasons:
             self._call("refuse", reasons)
 
@@ -309,9 +312,37 @@ class NativeQueue:
             )
             self._heart.start()
 
+    def _send_acknowledgement(self, tokens: list[int]) -> None:
+        with self._lock:
+            self._unconfirmed.append((self._handle.ack.remote(tokens), tokens))
+
+    def _confirm(self) -> None:
+        """Look at the answers to acknowledgements; send again what was not answered.
+
+        Left alone, a lost one would be a lease that nobody ends for as long as we live.
+        """
+        import ray
+
+        with self._lock:
+            sent, self._unconfirmed = self._unconfirmed, deque()
+        for reference, tokens in sent:
+            patience_s = _POLL_S if len(sent) > _ACKS_UNDER_WAY else 0
+            answered, _ = ray.wait([reference], timeout=patience_s)
+            if not answered:
+                with self._lock:
+                    self._unconfirmed.append((reference, tokens))
+                continue
+            try:
+                ray.get(reference)
+            except ray.exceptions.ActorUnavailableError:
+                self._send_acknowledgement(tokens)
+            except ray.exceptions.RayActorError as error:
+                raise QueueError(_gone(self._name, error, self._address.spool)) from error
+
     def _say_alive(self) -> None:
         import ray
 
+        self._confirm()
         stalled = time.monotonic() - self._touched > _STALL_S
         if stalled and self._parts:
             log.error("no sign of work for %.0f s: what is held goes back", _STALL_S)

@@ -23,7 +23,7 @@ from peaknet_predict.queues.records import (
     sanitized,
 )
 from peaknet_predict.queues.streams import StreamBook
-from peaknet_predict.types import EventId
+from peaknet_predict.types import ANYONE, EventId
 from peaknet_predict.wire import named
 
 _SUSPECT_AFTER = 2  # losses after which a record is handed out alone
@@ -33,7 +33,8 @@ _REASONS_KEPT = 100
 class Lease(NamedTuple):
     """A record for as long as its reader is heard of.
 
-    ``lost_by`` names the readers that held it before and did not bring it to an end.
+    ``lost_by`` names the readers that held it before and did not bring it to an end, as far as is
+    known; `ANYONE` may have, before a restart of the queue.
     """
 
     token: int
@@ -361,6 +362,8 @@ class QueueState:
         if books is not None:
             self.streams.restore(books, self._clock())
         for entry in entries:
+            # Leases died with the earlier life; whoever had one may have brought it to its end.
+            entry.lost_by.append(ANYONE)
             self._ready.append(entry)
             self._ready_bytes += entry.nbytes
             if isinstance(entry.record, ForeignItem):
