@@ -167,6 +167,7 @@ class QueueWriter(BasePredictionWriter):
         self._outbox: _Outbox | None = None
         self._roster: NativeQueue | None = None
         self._producer = self._run = ""
+        self._signed_off = False
         self._last_refusal: Refusal | None = None
         self._dataset: QueueDataset | None = None
         self._stop_requested = threading.Event()
@@ -247,6 +248,7 @@ class QueueWriter(BasePredictionWriter):
             self._dataset.release()
         self._log_balance(trainer)
         elsewhere = self._sign_off(trainer, problem)
+        self._signed_off = True
         self._write_balance(trainer, problem, elsewhere)
         if problem is not None:
             raise BalanceError(problem)
@@ -260,7 +262,7 @@ class QueueWriter(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Deliver what is finished; readers learn that the stream is incomplete and why."""
-        if self._outbox is None:
+        if self._outbox is None or self._signed_off:
             return
         reason = f"{type(exception).__name__}: {exception}"
         while self._pending:
@@ -274,7 +276,7 @@ class QueueWriter(BasePredictionWriter):
             log.exception("results of the last batches could not be delivered")
         if self._dataset is not None:
             # What is left may be what caused it; the queue counts, and isolates it in the end.
-            stopped = isinstance(exception, KeyboardInterrupt | BalanceError | SurvivedError)
+            stopped = isinstance(exception, KeyboardInterrupt | BalanceError)
             self._dataset.release(None if stopped else reason)
         self._log_balance(trainer)
         elsewhere = None
@@ -282,8 +284,7 @@ class QueueWriter(BasePredictionWriter):
             elsewhere = self._sign_off(trainer, reason)
         except Exception:
             log.exception("the end of the stream could not be marked")
-        if not isinstance(exception, BalanceError | SurvivedError):
-            self._write_balance(trainer, reason, elsewhere)
+        self._write_balance(trainer, reason, elsewhere)
 
     def _log_balance(self, trainer: L.Trainer) -> None:
         dataset = self._dataset
