@@ -78,6 +78,7 @@ class Part:
     name: str
     words: list[str]
     directory: Path
+    resuming: Sequence[str] = ()
     fragility: float = 0.0
     done_with: tuple[int, ...] = (0,)
     process: subprocess.Popen[bytes] | None = None
@@ -85,13 +86,14 @@ class Part:
     codes: list[int] = field(default_factory=list)
 
     def start(self) -> None:
+        again = self.resuming if self.starts else ()
         environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         environment[_CHANCE] = str(self.fragility)
         program = "from benchmarks.chaos import fragile_command; fragile_command()"
         with open(self.directory / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, *self.words],
+                [sys.executable, "-c", program, *self.words, *again],
                 cwd=self.directory,
                 env=environment,
                 stdout=log,
@@ -179,11 +181,13 @@ class Run:
             "predict",
             ["predict", "-c", str(self._configuration(cluster, ranks))],
             directory,
+            resuming=("--data.init_args.resume", "true"),
             fragility=0.005,
             done_with=(0, 4),
         )
         self.writers = [
-            Part(f"writer{n}", self._writer(cluster), directory, fragility=0.03) for n in (0, 1)
+            Part(f"writer{n}", self._writer(cluster), directory, ("--resume", "true"), 0.03)
+            for n in (0, 1)
         ]
 
     def _settings(self, kind: str) -> list[str]:
@@ -337,19 +341,20 @@ class Run:
     def _over(self) -> bool:
         feeds = all(part.ended() and part.codes[-1] == 0 for part in self.feeds)
         predict = self.predict.ended() and self.predict.codes[-1] in self.predict.done_with
-        return feeds and predict and all(part.ended() for part in self.writers)
+        writers = all(part.ended() and part.codes[-1] in (0, 3) for part in self.writers)
+        return feeds and predict and writers and self._drained()
 
     def _start_again(self, parts: Sequence[Part]) -> None:
         for part in parts:
             if not part.ended() or part.codes[-1] in part.done_with:
                 continue
-            if part in self.writers:
-                statistics = self.clients["out"].statistics()
-                if statistics.ended and not statistics.ready and not statistics.leased:
-                    predicted = self.predict.ended() and self.predict.codes[-1] in (0, 4)
-                    if predicted:
-                        continue
+            if part in self.writers and part.codes[-1] == 3 and self._drained():
+                continue
             part.start()
+
+    def _drained(self) -> bool:
+        now = self.clients["out"].statistics()
+        return bool(now.ended and not now.ready and not now.leased)
 
     def _send(self, parts: Sequence[Part], number: signal.Signals) -> str | None:
         alive = [part for part in parts if part.pid() is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,13 @@ from callbacks.lookup import callback_of
 from callbacks.queue_writer import QueueWriter
 from peaknet_predict.balance import BalanceError
 from peaknet_predict.consume import ConsumeReport, write_cxi
-from peaknet_predict.queues import ClusterTask, ProcessLostError, run_in_cluster
+from peaknet_predict.queues import (
+    ClusterTask,
+    NativeQueue,
+    ProcessLostError,
+    connect_queue,
+    run_in_cluster,
+)
 from peaknet_predict.queues.cluster import current_address
 
 log = logging.getLogger(__name__)
@@ -130,6 +137,8 @@ class CxiOutput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Let the consumer write what it was sent before the cluster ends with this process."""
+        if self._writer is not None and self._writer.rank_zero_is_gone:
+            self._take_over(self._writer)
         if self._consumer is None:
             return
         try:
@@ -137,3 +146,15 @@ class CxiOutput(L.Callback):
             log.info("%s: %s", self.directory, self.report)
         except Exception:
             log.exception("the CXI consumer did not finish")
+
+    def _take_over(self, writer: QueueWriter) -> None:
+        """See that all results come into files although rank 0, whose consumer writes, is gone."""
+        queue = connect_queue(writer.queue_address, "results")
+        consumer: ClusterTask | None = None
+        while isinstance(queue, NativeQueue):
+            now = queue.statistics()
+            if now.ended and not now.ready and not now.leased:
+                return
+            if consumer is None or consumer.done():
+                consumer = self._start(writer)
+            time.sleep(0.5)

@@ -131,6 +131,8 @@ class QueueWriter(BasePredictionWriter):
     ----------
     predicted, refused, hits, peaks
         Counts of this rank.
+    rank_zero_is_gone
+        Whether rank 0 died or fell silent before this rank's end.
     check_consumer
         Called while the output queue is full; to be set by who knows the consumer, raises if there
         is none any more.
@@ -168,6 +170,7 @@ class QueueWriter(BasePredictionWriter):
         self._roster: NativeQueue | None = None
         self._producer = self._run = ""
         self._signed_off = False
+        self.rank_zero_is_gone = False
         self._last_refusal: Refusal | None = None
         self._dataset: QueueDataset | None = None
         self._stop_requested = threading.Event()
@@ -426,9 +429,30 @@ class QueueWriter(BasePredictionWriter):
                     elsewhere = self._wait_for_ranks()
             except QueueError:
                 elsewhere = "rank 0, which is to leave last, is gone"
+                self.rank_zero_is_gone = True
+            if not trainer.is_global_zero and self._leased_to_its_end:
+                elsewhere = elsewhere or self._look_at_rank_zero(trainer)
         if not self._queue.native and trainer.is_global_zero:
             self._queue.close(self._producer, failure or elsewhere, self.num_consumers)
         return elsewhere
+
+    def _look_at_rank_zero(self, trainer: L.Trainer) -> str | None:
+        """Say whether rank 0 is gone: what it was to do at the end is then another's."""
+        assert self._roster is not None
+        rank_zero = f"{self._producer.rpartition(':')[0]}:rank0"
+        deadline = time.monotonic() + 2 * self.queue_address.lease_s
+        try:
+            while time.monotonic() < deadline:
+                statistics = self._roster.statistics()
+                if rank_zero in statistics.failures:
+                    self.rank_zero_is_gone = "silent" in statistics.failures[rank_zero]
+                    return f"rank 0: {statistics.failures[rank_zero]}"
+                if rank_zero not in statistics.open_producers:
+                    return None
+                time.sleep(0.2)
+        except QueueError:
+            pass  # the roster goes with rank 0, also when all is well
+        return None
 
     def _wait_for_ranks(self) -> str | None:
         """Wait until every rank has signed off or fallen silent; return what went wrong."""

@@ -92,7 +92,7 @@ def write_cxi(
     min_peaks: int = 0,
     max_peaks: int = 2048,
     compression: Literal["none", "gzip"] = "none",
-    create: bool = True,
+    resume: bool = False,
     grace_s: float = GRACE_S,
 ) -> ConsumeReport:
     """Write results from an output queue to CXI files until the stream ends.
@@ -121,14 +121,16 @@ def write_cxi(
         Peaks listed per event; of more, the strongest are kept and the event is marked.
     compression
         Of the pixels.
-    create
-        Make the directory if it is missing. Where this command is started again by itself, say
-        false: a file system that is not mounted is then no empty directory to begin anew in.
+    resume
+        Take the place of a `write-cxi` that died: the directory must be there, because one that
+        is missing (a file system not mounted) is no empty one to begin anew in; and a stream that
+        others have read to its end meanwhile is the end, instead of the next one being waited for.
     grace_s
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
     connect(address)
     results = connect_queue(queue, "results")
+    results.resumes = resume
     writer = CxiWriter(
         directory,
         prefix,
@@ -136,7 +138,7 @@ def write_cxi(
         min_peaks=min_peaks,
         max_peaks=max_peaks,
         compression=compression,
-        create=create,
+        create=not resume,
         owner=results.holder,
         still_ours=results.still_held,
     )

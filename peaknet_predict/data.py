@@ -340,6 +340,9 @@ class QueueDataModule(L.LightningDataModule):
         Events per second from ``source``; as fast as possible by default.
     max_event_bytes, grace_s
         As for `QueueDataset`.
+    resume
+        Take the place of a run that died: if the stream has been read to its end meanwhile, end,
+        instead of waiting for the next one.
     """
 
     def __init__(
@@ -353,6 +356,7 @@ class QueueDataModule(L.LightningDataModule):
         source_rate_hz: float | None = None,
         max_event_bytes: int = MAX_EVENT_BYTES,
         grace_s: float = GRACE_S,
+        resume: bool = False,
     ) -> None:
         super().__init__()
         self.queue_address = queue
@@ -364,6 +368,7 @@ class QueueDataModule(L.LightningDataModule):
         self.source_rate_hz = source_rate_hz
         self.max_event_bytes = max_event_bytes
         self.grace_s = grace_s
+        self.resume = resume
         self.dataset: QueueDataset | None = None
         self._feeder: ClusterTask | None = None
 
@@ -394,6 +399,7 @@ class QueueDataModule(L.LightningDataModule):
             raise problem
         connect(cluster)
         queue = connect_queue(self.queue_address, "events")
+        queue.resumes = self.resume
         self.dataset = QueueDataset(
             queue,
             reader,

@@ -258,6 +258,15 @@ def test_a_reader_that_joins_after_the_end_waits_for_the_next_run() -> None:
     assert ask(state, "second run").ended
 
 
+def test_a_reader_that_takes_the_place_of_a_dead_one_waits_for_no_other_run() -> None:
+    state = QueueState("events", 10, 1000)
+    state.open("p")
+    state.close("p")
+    assert ask(state, "first").ended
+    assert state.get("again", "again", 1, 1, resumes=True).ended
+    assert not state.get("next", "next", 1, 1).ended
+
+
 def test_a_reader_that_joins_late_still_gets_a_run_that_nobody_read() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")

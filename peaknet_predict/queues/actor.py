@@ -149,7 +149,13 @@ class QueueActor:
         return PutAnswer(taken, self._state.problem)
 
     async def get_many(
-        self, reader: str, holder: str, request: int, max_records: int, timeout_s: float
+        self,
+        reader: str,
+        holder: str,
+        request: int,
+        max_records: int,
+        resumes: bool,
+        timeout_s: float,
     ) -> Delivery:
         """Lease records as soon as there are any; or say the end, or nothing after ``timeout_s``.
 
@@ -160,7 +166,7 @@ class QueueActor:
 
         def something() -> bool:
             nonlocal delivery
-            delivery = self._state.get(reader, holder, request, max_records)
+            delivery = self._state.get(reader, holder, request, max_records, resumes)
             return bool(delivery.leases) or delivery.ended or delivery.flush
 
         await self._wait_for(something, timeout_s)

@@ -31,6 +31,9 @@ class Queue(Protocol):
     flush_wanted: bool
     """Whether nothing more comes before what is held here has been brought to an end."""
 
+    resumes: bool
+    """Whether this reader takes the place of one that died, and waits for no other stream."""
+
     uid: str
     """Names the queue apart from every other."""
 

@@ -45,6 +45,7 @@ class ForeignQueue:
         self._address = address
         self._kind = kind
         self.failures: dict[str, str] = {}
+        self.resumes = False
         self._items_taken = 0
         # Such a queue names no stream, and its producers count from 0 in every run.
         self.uid = f"{address.name}@{secrets.token_hex(4)}"

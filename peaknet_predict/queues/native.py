@@ -48,6 +48,9 @@ class NativeQueue:
         Names the queue apart from every other.
     holder
         Names this client to the queue.
+    resumes
+        Whether this reader takes the place of one that died, and is not to wait for another stream
+        if this one has been read to its end meanwhile.
     """
 
     native = True
@@ -55,6 +58,7 @@ class NativeQueue:
     def __init__(self, handle: Any, name: str, kind: Kind, description: Any) -> None:
         self.failures: dict[str, str] = {}
         self.flush_wanted = False
+        self.resumes = False
         self.uid = str(description.uid)
         self.holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._address = description.address
@@ -146,8 +150,9 @@ class NativeQueue:
             Names the job that reads; processes that share one job (the ranks of a run) share it.
         """
         self.touch()
+        request = next(self._requests)
         delivery = self._call(
-            "get_many", reader, self.holder, next(self._requests), max_records, timeout_s
+            "get_many", reader, self.holder, request, max_records, self.resumes, timeout_s
         )
         self.flush_wanted = delivery.flush
         if delivery.leases:

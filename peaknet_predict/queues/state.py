@@ -226,7 +226,9 @@ class QueueState:
         self.streams.foreign_items += 1
         return True
 
-    def get(self, reader: str, holder: str, request: int, max_records: int) -> Delivery:
+    def get(
+        self, reader: str, holder: str, request: int, max_records: int, resumes: bool = False
+    ) -> Delivery:
         """Lease up to ``max_records``.
 
         Parameters
@@ -237,10 +239,13 @@ class QueueState:
             Names the process that reads: it is what must be heard of.
         request
             A number that grows from request to request of a holder. If it repeats, the answer does.
+        resumes
+            Whether the reader takes the place of one that died: it is then at the end of a stream
+            that others have read to its end, instead of waiting for the next.
         """
         self.tick()
         self.leases.hear(holder, self._clock())
-        if self.streams.join(reader, self.drained):
+        if self.streams.join(reader, self.drained, resumes):
             self._note_books()
         again = self.leases.granted(holder, request)
         if again is not None:

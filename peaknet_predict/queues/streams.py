@@ -146,11 +146,11 @@ class StreamBook:
             self._foreign_last[rank] = idx
         return f"{self.uid}#{self._foreign_streams}"
 
-    def join(self, reader: str, drained: bool) -> bool:
-        """Note a reader; True if it is new."""
+    def join(self, reader: str, drained: bool, resumes: bool) -> bool:
+        """Note a reader; True if it is new. One that resumes does not wait for another stream."""
         if reader in self._readers:
             return False
-        over = drained and self.end_seen
+        over = drained and self.end_seen and not resumes
         self._readers[reader] = self.generation + 1 if over else self.generation
         return True
 
