@@ -215,8 +215,6 @@ class Run:
             "20",
             "--grace_s",
             "5",
-            "--create",
-            "false",
         ]
 
     def _configuration(self, cluster: str, ranks: int) -> Path:
@@ -350,6 +348,8 @@ class Run:
                 continue
             if part in self.writers and part.codes[-1] == 3 and self._drained():
                 continue
+            if part.codes[-1] == 2:
+                raise RuntimeError(f"{part.name} does not understand its command line")
             part.start()
 
     def _drained(self) -> bool:
