@@ -80,8 +80,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   // Waits for a slice and makes this group's left operand of it. Then all groups are done with the
   // slice two before, and its stage can be filled again; the slice before may still be in use.
   auto prepare = [&](int slice, u32 (&a)[kSlice / 16][4]) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 3) : "memory");
-    publish_writes();
+    wait_for_copies<kStages - 3>();
     __syncthreads();
     copy_slice(slice + kStages - 2);
     const u32 tile = memory.address + slice % kStages * kStageBytes + group * kTileBytes;
@@ -109,12 +108,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       if (slice + 1 < kSlices) prepare(slice + 1, left[1 - odd]);
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_for_products<0>();
     }
   }
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  hold(sum);
+  wait_for_copies<0>();
   __syncthreads();  // the stages are free: each warp stages its result in them
 
   unsigned char* const staging = memory.bytes + threadIdx.x / 32 * (16 * S::kPitch);

@@ -109,7 +109,9 @@ def _depthwise_bytes(columns: int) -> int:
 
 
 @ops.depthwise.register_kernel("cuda")
-def _depthwise(x_NHWC: Tensor, weight_49C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def _depthwise(
+    x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
     n, height, width, channels = x_NHWC.shape
     groups = -(-channels // _DEPTHWISE_CHANNELS)
     pixels = n * height * width
@@ -127,6 +129,7 @@ def _depthwise(x_NHWC: Tensor, weight_49C: Tensor, bias_C: Tensor) -> tuple[Tens
         (
             _pointer(x_NHWC),
             _pointer(weight_49C),
+            _pointer(scale_C),
             _pointer(bias_C),
             _pointer(out),
             _pointer(sums),
@@ -152,7 +155,7 @@ _EXPAND_COLUMNS = 128
 _EXPAND_MOST_CHANNELS = 384  # whose weights fit into shared memory beside the tiles
 
 
-def expand_groups(channels: int) -> tuple[int, int]:
+def expand_shape(channels: int) -> tuple[int, int]:
     """Return groups of warps in a block, and blocks on a multiprocessor, for so many channels."""
     return (1, 2) if channels <= 192 else (2, 1)
 
@@ -174,10 +177,15 @@ def _expand(
     strips = -(-pixels // ops.STRIP)
     hidden = x_NHWC.new_empty(n, height, width, size)
     energy = x_NHWC.new_empty(n, strips, size, dtype=torch.float32)
-    groups, blocks = expand_groups(channels)
+    groups, blocks = expand_shape(channels)
     shared_bytes = _expand_bytes(channels, groups)
     is_even = int(pixels % _ROWS == 0)
-    defines = (f"CHANNELS={channels}", f"GROUPS={groups}", f"BLOCKS={blocks}", f"EVEN={is_even}")
+    defines = (
+        f"CHANNELS={channels}",
+        f"GROUPS={groups}",
+        f"BLOCKS={blocks}",
+        f"EVEN={is_even}",
+    )
     _launch(
         _hopper_kernel("expand", defines, shared_bytes, _device_index(x_NHWC)),
         (size // _EXPAND_COLUMNS, strips, n),
@@ -203,13 +211,20 @@ def _expand(
 # --- contract ---
 
 
+_MOST_SHARED_BYTES = 227 * 1024  # of a block on Hopper
+
+
 def contract_shape(channels: int) -> tuple[int, int, int] | None:
     """Return columns, groups of warps and stages of a block for so many channels, if it can be."""
-    if channels % 192 == 0:
-        return 192, 3, 4
-    if channels % 256 == 0:
-        return 256, 2, 4
+    for shape in ((192, 3, 4), (256, 2, 4)):
+        if channels % shape[0] == 0 and _contract_bytes(channels, *shape) <= _MOST_SHARED_BYTES:
+            return shape
     return None
+
+
+def _contract_bytes(channels: int, columns: int, groups: int, stages: int) -> int:
+    ring, scales = stages * 2 * 64 * (groups * _ROWS + columns), groups * 4 * 4 * channels
+    return ring + scales + _ALIGNMENT
 
 
 @ops.contract.register_kernel("cuda")
@@ -223,9 +238,7 @@ def _contract(
     columns, groups, stages = shape
     out = torch.empty_like(residual_NHWC)
     rows = n * height * width
-    shared_bytes = (
-        stages * 2 * 64 * (groups * _ROWS + columns) + groups * 4 * 4 * channels + _ALIGNMENT
-    )
+    shared_bytes = _contract_bytes(channels, columns, groups, stages)
     defines = (
         f"CHANNELS={channels}",
         f"COLUMNS={columns}",

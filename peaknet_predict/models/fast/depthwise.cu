@@ -3,8 +3,10 @@
 //
 // A block of threads computes a tile of pixels for 32 channels. Its input, with a border of three
 // pixels, lies in shared memory; a thread keeps the 49 weights of two channels in registers and
-// computes 4x4 pixels at a time, so that a value read serves up to 28 products. Arithmetic is in
-// float32: this is what bounds the kernel, not memory.
+// computes 4x4 pixels at a time, so that a value read serves up to 28 products. Instructions are what
+// bounds this kernel, not memory, so both channels are multiplied by one: in float16, which keeps
+// eight times as much of a product as bfloat16 does. Nothing overflows, because the absolute weights
+// of a channel add up to no more than 1; they are scaled back in float32.
 //
 // CHANNELS, a multiple of 8, is defined by whoever compiles this: most addresses are then constants.
 
@@ -13,6 +15,7 @@ typedef unsigned short u16;
 typedef long long i64;
 
 constexpr int kTaps = 7, kBorder = 3;
+constexpr int kFlushAfter = 3;                // the tap whose row ends the first sum in float16
 constexpr int kPatch = 4;                     // rows and columns that a thread computes at a time
 constexpr int kInput = kPatch + kTaps - 1;    // rows and columns that these depend on
 constexpr int kPairs = 16;                    // lanes across the channels, two each
@@ -23,13 +26,38 @@ constexpr int kTileRows = 16;
 constexpr int kAllChannels = CHANNELS;
 constexpr int kChannelGroups = (kAllChannels + kChannels - 1) / kChannels;
 
+// Two bfloat16 or float16 in a register are a pair.
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-__device__ __forceinline__ u32 to_pair(float low, float high) {
+__device__ __forceinline__ u32 to_bfloat16(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Values beyond what float16 can hold become the largest that it can.
+__device__ __forceinline__ u32 to_float16(u32 bfloat16_pair) {
+  constexpr u32 kMost = 0x7bff7bffu, kLeast = 0xfbfffbffu;
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+      : "=r"(pair)
+      : "f"(high(bfloat16_pair)), "f"(low(bfloat16_pair)));
+  asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kMost));
+  asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kLeast));
+  return pair;
+}
+
+__device__ __forceinline__ float2 to_floats(u32 float16_pair) {
+  float2 values;
+  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+      : "=f"(values.x), "=f"(values.y)
+      : "r"(float16_pair));
+  return values;
+}
+
+__device__ __forceinline__ void multiply_add(u32& sum, u32 a, u32 b) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
 }
 
 // Where a pixel of a row lies. The two halves of a warp work on patches four columns apart; swapping
@@ -51,10 +79,11 @@ __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
   if constexpr (kStep > 1) sum_over_lanes<kStep>(value);
 }
 
-// x, out: (N, H, W, C) bfloat16; weight: (49, C) and bias: (C) float32; sums: (C / 32, 2, N * H * W)
-// float32. Grid: tiles times groups of channels; panels.
+// x, out: (N, H, W, C) bfloat16; weight: (49, C) float16; scale, bias: (C) float32; sums: (C / 32, 2,
+// N * H * W) float32. Grid: tiles times groups of channels; panels.
 template <int kTileColumns>
-__device__ __forceinline__ void convolve(const u16* __restrict__ x, const float* __restrict__ weight,
+__device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* __restrict__ weight,
+                                         const float* __restrict__ scale,
                                          const float* __restrict__ bias, u16* __restrict__ out,
                                          float* __restrict__ sums, int height, int width) {
   constexpr int kRows = kTileRows + kTaps - 1, kColumns = kTileColumns + kTaps - 1;
@@ -72,39 +101,44 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const float*
   const i64 panel_pixels = (i64)height * width;
   x += panel * panel_pixels * kAllChannels;
 
-  // Four threads copy 32 channels of a pixel, the others the next pixels of its row.
-  const u32 tile_address = (u32)__cvta_generic_to_shared(tile);
+  const int pair = threadIdx.x % kPairs;
+  const int channel = first_channel + 2 * pair;
+  const bool is_channel = kAllChannels % kChannels == 0 || channel < kAllChannels;
+  u32 w[kTaps * kTaps];
+#pragma unroll
+  for (int tap = 0; tap < kTaps * kTaps; ++tap) {
+    w[tap] = is_channel ? *(const u32*)(weight + tap * kAllChannels + channel) : 0;
+  }
+  const float2 factor = is_channel ? *(const float2*)(scale + channel) : make_float2(0, 0);
+  const float2 b = is_channel ? *(const float2*)(bias + channel) : make_float2(0, 0);
+
+  // Four threads read 32 channels of a pixel, the others the next pixels of its row.
   const int part = threadIdx.x % 4;
   const bool is_part = first_channel + 8 * part < kAllChannels;
 #pragma unroll 1
   for (int row = threadIdx.x / 32; row < kRows; row += kThreads / 32) {
     const int y = first_row + row - kBorder;
     const u16* from = x + ((i64)y * width + first_column - kBorder) * kAllChannels + first_channel;
+    constexpr int kSteps = (kColumns + 7) / 8;
+    uint4 values[kSteps];
 #pragma unroll
-    for (int step = 0; step < kColumns; step += 8) {
-      const int column = step + threadIdx.x % 32 / 4;
-      if (kColumns % 8 != 0 && column >= kColumns) break;
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = 8 * step + threadIdx.x % 32 / 4;
       const int at = first_column + column - kBorder;
-      const bool inside = y >= 0 && y < height && at >= 0 && at < width && is_part;
-      const u16* source = inside ? from + column * kAllChannels + 8 * part : x;
-      const u32 target = tile_address + ((row * kColumns + place(column)) * kPairs + 4 * part) * 4;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                   "r"(inside ? 16 : 0));
+      const bool inside =
+          column < kColumns && y >= 0 && y < height && at >= 0 && at < width && is_part;
+      values[step] = inside ? *(const uint4*)(from + column * kAllChannels + 8 * part)
+                            : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = 8 * step + threadIdx.x % 32 / 4;
+      if (kColumns % 8 != 0 && column >= kColumns) break;
+      const uint4 v = values[step];
+      *(uint4*)(tile + (row * kColumns + place(column)) * kPairs + 4 * part) =
+          make_uint4(to_float16(v.x), to_float16(v.y), to_float16(v.z), to_float16(v.w));
     }
   }
-  asm volatile("cp.async.commit_group;");
-
-  const int pair = threadIdx.x % kPairs;
-  const int channel = first_channel + 2 * pair;
-  const bool is_channel = kAllChannels % kChannels == 0 || channel < kAllChannels;
-  float2 w[kTaps * kTaps];
-#pragma unroll
-  for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-    w[tap] = is_channel ? *(const float2*)(weight + tap * kAllChannels + channel)
-                        : make_float2(0, 0);
-  }
-  const float2 b = is_channel ? *(const float2*)(bias + channel) : make_float2(0, 0);
-  asm volatile("cp.async.wait_all;");
   __syncthreads();
 
   out += panel * panel_pixels * kAllChannels + channel;
@@ -113,9 +147,11 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const float*
 #pragma unroll 1
   for (int patch = threadIdx.x / kPairs; patch < kAcross * (kTileRows / kPatch); patch += kPatches) {
     const int row = patch / kAcross * kPatch, column = patch % kAcross * kPatch;
-    float2 sum[kPatch][kPatch];
+    // The rows of taps are added up in two sums of float16, and these in float32.
+    u32 sum[kPatch][kPatch];
+    float2 first_sum[kPatch][kPatch];
 #pragma unroll
-    for (int i = 0; i < kPatch * kPatch; ++i) sum[i / kPatch][i % kPatch] = b;
+    for (int i = 0; i < kPatch * kPatch; ++i) sum[i / kPatch][i % kPatch] = 0;
     const u32* at = tile + (row * kColumns + column) * kPairs + pair;
     // Whether neighbours have changed places in the first four columns; in the next four it is the
     // other way round, see `place`.
@@ -134,9 +170,17 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const float*
           for (int q = 0; q < kPatch; ++q) {
             const int dx = c - q;
             if (dx < 0 || dx >= kTaps) continue;
-            sum[o][q].x += w[dy * kTaps + dx].x * low(v);
-            sum[o][q].y += w[dy * kTaps + dx].y * high(v);
+            multiply_add(sum[o][q], w[dy * kTaps + dx], v);
           }
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < kPatch; ++o) {
+        if (r - o != kFlushAfter) continue;
+#pragma unroll
+        for (int q = 0; q < kPatch; ++q) {
+          first_sum[o][q] = to_floats(sum[o][q]);
+          sum[o][q] = 0;
         }
       }
     }
@@ -149,11 +193,13 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const float*
       u16* const to = out + ((i64)(y + o) * width + left) * kAllChannels;
 #pragma unroll
       for (int q = 0; q < kPatch; ++q) {
-        const float2 v = sum[o][q];
+        const float2 rest = to_floats(sum[o][q]), most = first_sum[o][q];
+        const float2 v = make_float2(fmaf(most.x + rest.x, factor.x, b.x),
+                                     fmaf(most.y + rest.y, factor.y, b.y));
         total[o * kPatch + q] = v.x + v.y;
         total[kPatch * kPatch + o * kPatch + q] = v.x * v.x + v.y * v.y;
         if ((is_whole || (y + o < height && left + q < width)) && is_channel) {
-          *(u32*)(to + q * kAllChannels) = to_pair(v.x, v.y);
+          *(u32*)(to + q * kAllChannels) = to_bfloat16(v.x, v.y);
         }
       }
     }
@@ -167,11 +213,11 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const float*
   }
 }
 
-#define DEPTHWISE(columns)                                                                    \
-  extern "C" __global__ void __launch_bounds__(kThreads, 3) peaknet_depthwise_##columns(      \
-      const u16* x, const float* weight, const float* bias, u16* out, float* sums, int height, \
-      int width) {                                                                            \
-    convolve<columns>(x, weight, bias, out, sums, height, width);                             \
+#define DEPTHWISE(columns)                                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 4) peaknet_depthwise_##columns(         \
+      const u16* x, const u16* weight, const float* scale, const float* bias, u16* out,          \
+      float* sums, int height, int width) {                                                      \
+    convolve<columns>(x, weight, scale, bias, out, sums, height, width);                         \
   }
 
 DEPTHWISE(16)

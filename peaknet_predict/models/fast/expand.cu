@@ -77,25 +77,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     const float2 b = ((const float2*)(bias + first_column))[threadIdx.x];
     terms[threadIdx.x] = make_float4(sums.x, sums.y, 0.5f * b.x, 0.5f * b.y);
   }
-  finish_copies();
+  wait_for_copies<0>();
   __syncthreads();
 
   float squares[32];
 #pragma unroll
   for (int i = 0; i < 32; ++i) squares[i] = 0.f;
 
-  if (group == kGroups - 1) give_turn<kGroups>(group);
   for (bool is_first = true; start < last; start += kRows * kGroups, is_first = false) {
     if (!is_first) {
-      finish_copies();
+      wait_for_copies<0>();
       wait_for_group(group);
     }
     const int row = start + 16 * warp + lane / 4;
     const Row upper = load_row(moments, row, last), lower = load_row(moments, row + 8, last);
     float sum[64];
-    wait_for_turn<kGroups>(group);
     multiply_tile<kSlice, kInner, kColumns>(sum, tile, base);
-    give_turn<kGroups>(group);
     wait_for_group(group);  // all four warps have read the tile
     const int next = start + kRows * kGroups;
     if (next < last) {

@@ -67,6 +67,7 @@ class _Block(_Weights):
     """A block of the backbone in four passes: depthwise, expand, the responses of GRN, contract."""
 
     kernel: Tensor
+    kernel_scale: Tensor
     kernel_bias: Tensor
     weight1: Tensor
     column_sums1: Tensor
@@ -77,7 +78,11 @@ class _Block(_Weights):
 
     def __init__(self, block: ConvNextV2Block, dtype: torch.dtype) -> None:
         super().__init__()
-        self._vector("kernel", block.dwconv.weight.flatten(1).t())
+        kernel_49C = block.dwconv.weight.flatten(1).t()
+        # A power of two: it changes no digit.
+        self._vector("kernel_scale", kernel_49C.abs().sum(0).clamp_min(1e-30).log2().ceil().exp2())
+        kernel_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        self._matrix("kernel", kernel_49C / self.kernel_scale, kernel_dtype)
         self._vector("kernel_bias", _bias(block.dwconv))
         weight, bias = _behind_norm(block.layernorm, block.pwconv1.weight, block.pwconv1.bias)
         self._matrix("weight1", weight, dtype)
@@ -89,7 +94,9 @@ class _Block(_Weights):
         self._vector("bias2", block.pwconv2.bias + block.pwconv2.weight @ block.grn.bias.flatten())
 
     def forward(self, x_NHWC: Tensor) -> Tensor:
-        convolved_NHWC, moments_M2 = ops.depthwise(x_NHWC, self.kernel, self.kernel_bias)
+        convolved_NHWC, moments_M2 = ops.depthwise(
+            x_NHWC, self.kernel, self.kernel_scale, self.kernel_bias
+        )
         hidden_NHWK, energy_NTK = ops.expand(
             convolved_NHWC, moments_M2, self.weight1, self.column_sums1, self.bias1
         )
@@ -335,6 +342,12 @@ def unsupported(net: PeakNet) -> str | None:
     """Say why a PeakNet has no fast form; None if it has one."""
     if net.coarse_stride is None:
         return "it has a learned upsampling or more than two classes"
+    sizes = [adapter.in_channels for adapter in net.backbone_to_bifpn]
+    if any(cast(int, size) % 8 for size in sizes):
+        return f"its hidden sizes are {sizes}, and the kernels take multiples of 8"
+    channels = net.head_segmask.in_channels
+    if channels & (channels - 1):
+        return f"its head has {channels} channels, and the kernels take powers of two"
     return None
 
 

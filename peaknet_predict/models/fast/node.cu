@@ -77,13 +77,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const float2 a = ((const float2*)scale)[threadIdx.x], b = ((const float2*)shift)[threadIdx.x];
     terms[threadIdx.x] = make_float4(0.5f * a.x, 0.5f * a.y, 0.5f * b.x, 0.5f * b.y);
   }
-  finish_copies();
+  wait_for_copies<0>();
   __syncthreads();
 
   const int pixels = height * width;
   const int tiles = (pixels + kRows - 1) / kRows;
   const bool up = other_height < height;
-  if (group == kGroups - 1) give_turn<kGroups>(group);
   for (i64 index = (i64)blockIdx.x * kGroups + group; index < (i64)panels * tiles;
        index += (i64)gridDim.x * kGroups) {
     const i64 panel = index / tiles;
@@ -123,9 +122,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     publish_writes();
     wait_for_group(group);
     float sum[128];
-    wait_for_turn<kGroups>(group);
     multiply_tile<64, kFeatures, kFeatures>(sum, tile, memory.address);
-    give_turn<kGroups>(group);
     wait_for_group(group);  // all four warps have read the tile
 
     // The two rows of this thread: mean, then variance around it.

@@ -47,14 +47,17 @@ def _(
 
 
 @torch.library.custom_op("peaknet::depthwise", mutates_args=())
-def depthwise(x_NHWC: Tensor, weight_49C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Convolve each channel with its 7x7 kernel; ``weight_49C`` is float32.
+def depthwise(
+    x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its 7x7 kernel, scale and add.
 
-    Returns the result and what normalises it: (M, 2) float32, 1 / std and -mean / std over the
-    channels of each pixel.
+    ``weight_49C`` is float16 with bfloat16 features, and the absolute weights of a channel add up
+    to no more than 1. Returns the result and what normalises it: (M, 2) float32, 1 / std and
+    -mean / std over the channels of each pixel.
     """
     channels = x_NHWC.shape[-1]
-    kernel_C177 = weight_49C.t().reshape(channels, 1, 7, 7)
+    kernel_C177 = (weight_49C.float() * scale_C).t().reshape(channels, 1, 7, 7)
     convolved_NCHW = F.conv2d(
         x_NHWC.permute(0, 3, 1, 2).float(), kernel_C177, bias_C, padding=3, groups=channels
     )
@@ -66,7 +69,7 @@ def depthwise(x_NHWC: Tensor, weight_49C: Tensor, bias_C: Tensor) -> tuple[Tenso
 
 
 @depthwise.register_fake
-def _(x_NHWC: Tensor, weight_49C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+def _(x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
     pixels = x_NHWC.numel() // x_NHWC.shape[-1]
     return torch.empty_like(x_NHWC), x_NHWC.new_empty(pixels, 2, dtype=torch.float32)
 

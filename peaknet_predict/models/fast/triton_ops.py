@@ -29,7 +29,7 @@ def _stem(
     n, _, height, width = images_N1HW.shape
     rows, columns, size = height // 4, width // 4, len(weight_C16)
     out = weight_C16.new_empty(n, rows, columns, size)
-    tile = 64
+    tile = 128
     kernels.stem_kernel[(n * triton.cdiv(rows * columns, tile),)](
         images_N1HW.contiguous(),
         weight_C16,
@@ -77,6 +77,8 @@ def expand(
 
 def expand_config(channels: int) -> dict[str, Any]:
     """Return tile sizes, warps and stages of `expand` for so many channels."""
+    if channels >= 512:
+        return {"BLOCK_L": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
     block_k = 32 if channels % 64 else 64
     return {"BLOCK_L": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
 
@@ -241,7 +243,7 @@ def _group_norm(
         C_P=power,
         TILE=_SUMS_TILE,
         ROWS=max(1, 4096 // power),
-        num_warps=8,
+        num_warps=4,
     )
     affine = x_NHWC.new_empty(n, 2, channels, dtype=torch.float32)
     kernels.group_norm_kernel[(n,)](
