@@ -92,7 +92,8 @@ class PeakNetModule(L.LightningModule):
     preprocess
         Transforms of `peaknet_predict.preprocess`, in order.
     compile
-        Compile preprocessing and network with `torch.compile`.
+        Compile preprocessing and network with `torch.compile`. The fast PeakNet is left as it is:
+        little lies between its kernels, and compiling that would only delay the start.
     num_overlap
         Batches under way at once; `predict_step` waits only when there would be more.
     warmup_shapes
@@ -168,6 +169,7 @@ class PeakNetModule(L.LightningModule):
         self._prepare = self.preprocess.forward
         if self.compile_net:
             self._prepare = torch.compile(self._prepare, dynamic=False)
+        if self.compile_net and self._fast.network is None:
             self._network = torch.compile(self._network, dynamic=False)
 
     def transfer_batch_to_device(

@@ -8,6 +8,8 @@ do the same.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,18 +69,31 @@ def _hopper_kernel(
     (``sm_90a``), so the compiler is called here.
     """
     code = _read(f"{name}.cu").replace('#include "hopper.cuh"', _read("hopper.cuh"))
-    program = nvrtc.createProgram(code, f"{name}.cu", [], [])
-    options = ["-std=c++17", "-arch=sm_90a", *(f"-D{define}" for define in defines)]
+    options = ("-std=c++17", "-arch=sm_90a", *(f"-D{define}" for define in defines))
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(path=str(_compiled(code, options)))
+        kernel = module.get_function(f"peaknet_{name}")
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+def _compiled(code: str, options: tuple[str, ...]) -> Path:
+    """Return the machine code's file, which is kept where CuPy keeps its own."""
+    key = repr((code, options, nvrtc.getVersion()))
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = folder / f"peaknet_{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    if path.exists():
+        return path
+    program = nvrtc.createProgram(code, "peaknet.cu", [], [])
     try:
         nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(program)) from error
-    with cupy.cuda.Device(device_index), tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: another process may look for it at this moment.
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         file.write(nvrtc.getCUBIN(program))
-        file.flush()
-        kernel = cupy.RawModule(path=file.name).get_function(f"peaknet_{name}")
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
-    return kernel
+    return Path(file.name).replace(path)
 
 
 # --- depthwise ---

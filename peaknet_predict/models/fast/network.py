@@ -32,10 +32,14 @@ class _Weights(nn.Module):
     """Holds tensors that are not trained: matrices in the network's dtype, vectors in float32."""
 
     def _matrix(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
-        self.register_buffer(name, value.to(dtype).contiguous(), persistent=False)
+        self._hold(name, value.detach().to(dtype, copy=True))
 
     def _vector(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value.float().contiguous(), persistent=False)
+        self._hold(name, value.detach().to(torch.float32, copy=True))
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        # A copy, for the parameters of the plain network may be rounded later, in place.
+        self.register_buffer(name, value.contiguous(), persistent=False)
 
 
 def _behind_norm(norm: ChannelNorm, weight_OC: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +306,8 @@ class FastPeakNet(nn.Module):
                 _Lateral(cast(LateralLayer, lateral), classifier.weight.flatten(1), dtype)
                 for lateral in net.seg_lateral_layers
             )
-            self.register_buffer("classifier_bias", _bias(classifier).float(), persistent=False)
+            bias_2 = _bias(classifier).detach().to(torch.float32, copy=True)
+            self.register_buffer("classifier_bias", bias_2, persistent=False)
 
     def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
         """Classify at a quarter of the resolution.

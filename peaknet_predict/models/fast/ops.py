@@ -52,9 +52,9 @@ def depthwise(
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its 7x7 kernel, scale and add.
 
-    ``weight_49C`` is float16 with bfloat16 features, and the absolute weights of a channel add up
-    to no more than 1. Returns the result and what normalises it: (M, 2) float32, 1 / std and
-    -mean / std over the channels of each pixel.
+    With bfloat16 features ``weight_49C`` is float16, the absolute weights of a channel add up to no
+    more than 1, and features beyond 65504, the largest float16, count as that. Returns the result
+    and what normalises it: (M, 2) float32, 1 / std and -mean / std over the channels of each pixel.
     """
     channels = x_NHWC.shape[-1]
     kernel_C177 = (weight_49C.float() * scale_C).t().reshape(channels, 1, 7, 7)
@@ -150,7 +150,8 @@ def standardise_patches(x_NHWC: Tensor) -> tuple[Tensor, Tensor]:
     n, height, width, channels = x_NHWC.shape
     normed_NHWC = F.layer_norm(x_NHWC.float(), (channels,), eps=LAYER_NORM_EPS).to(x_NHWC.dtype)
     split = normed_NHWC.view(n, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 2, 4, 5)
-    return normed_NHWC, split.reshape(n, height // 2, width // 2, 4 * channels)
+    patches = split.reshape(n, height // 2, width // 2, 4 * channels)
+    return normed_NHWC, patches.clone()  # an operator's results share no memory
 
 
 @standardise_patches.register_fake
