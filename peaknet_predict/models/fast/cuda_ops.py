@@ -283,13 +283,10 @@ def _contract(
 # --- node ---
 
 _NODE_FEATURES = 256
-_NODE_GROUPS = 2
+_NODE_GROUPS = 3
 _NODE_BYTES = (
-    2 * _NODE_FEATURES * (_NODE_FEATURES + _NODE_GROUPS * _ROWS)
-    + _NODE_GROUPS * 2 * _ROWS * 64
-    + 8 * _NODE_FEATURES
-    + _ALIGNMENT
-)
+    2 * _NODE_FEATURES * (_NODE_FEATURES + _NODE_GROUPS * _ROWS) + 8 * _NODE_FEATURES + _ALIGNMENT
+)  # all that a block can have
 
 
 @ops.node.register_kernel("cuda")

@@ -1,7 +1,7 @@
 // A node of the BiFPN with 256 features on Hopper: fuse two or three inputs, one of them resized,
 // multiply, normalise over the features, GELU, and add the first input, in one pass over memory.
 //
-// A block keeps the weights in shared memory and stays until all tiles are done. Each of its two
+// A block keeps the weights in shared memory and stays until all tiles are done. Each of its
 // groups of four warps takes tiles of 64 pixels by itself: while one multiplies, the other fuses or
 // normalises.
 //
@@ -12,7 +12,7 @@
 
 constexpr int kFeatures = 256;
 constexpr int kRows = 64;  // pixels of a tile
-constexpr int kGroups = 2;
+constexpr int kGroups = 3;
 constexpr int kThreads = 128 * kGroups;
 constexpr bool kHasMiddle = HAS_MIDDLE;
 constexpr float kEps = EPS;
@@ -21,9 +21,9 @@ using S = Slices<64>;
 
 constexpr int kTilesAt = 2 * kFeatures * kFeatures;
 constexpr int kTileBytes = 2 * kRows * kFeatures;
-constexpr int kStagingAt = kTilesAt + kGroups * kTileBytes;
-constexpr int kStagingBytes = 2 * 16 * 64;  // of a warp: 64 columns at a time
-constexpr int kTermsAt = kStagingAt + 4 * kGroups * kStagingBytes;
+constexpr int kTermsAt = kTilesAt + kGroups * kTileBytes;
+// Of a warp, 64 columns at a time; in the tile, once it has been multiplied.
+constexpr int kStagingBytes = 2 * 16 * 64;
 
 // Where and how much a pixel takes from the other resolution: near and far row and column.
 struct Resized {
@@ -67,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
   const u32 tile = memory.address + kTilesAt + group * kTileBytes;
   unsigned char* const tile_bytes = memory.bytes + kTilesAt + group * kTileBytes;
-  unsigned char* const staging = memory.bytes + kStagingAt + threadIdx.x / 32 * kStagingBytes;
-  const u32 staging_address = memory.address + kStagingAt + threadIdx.x / 32 * kStagingBytes;
+  unsigned char* const staging = tile_bytes + warp * kStagingBytes;
+  const u32 staging_address = tile + warp * kStagingBytes;
 
   S::copy<kThreads, kFeatures, kFeatures, false>(memory.address, weight, 0, threadIdx.x);
   // For each pair of columns: halves of scale and shift.
@@ -186,5 +186,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
     }
+    wait_for_group(group);  // the tile is free for the next
   }
 }
