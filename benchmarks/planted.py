@@ -1,4 +1,4 @@
-"""PeakNet whose answer is known: the full network runs, and then planted logits replace its output.
+"""Logits whose peaks are known, planted after the network.
 
 Random weights give noise for a class map, trained ones depend on the data; the cost of the peaks
 after the network depends on their number, so a benchmark has to plant them.
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peaknet_predict.models import PeakNet
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.preprocess import Prepared
 
 STRIDE = 4  # PeakNet's logits are made at a quarter of the resolution
 
@@ -40,31 +41,35 @@ def noise_logits(panels: int, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(panels, 2, height // STRIDE, width // STRIDE, generator=generator)
 
 
-class PlantedPeakNet(PeakNet):
-    """The default PeakNet, of which every value is computed and then multiplied by zero."""
+class PlantedModule(PeakNetModule):
+    """The module as users run it; planted logits take the place of what its network has computed.
 
-    def __init__(self, planted: Tensor, **sizes: Any) -> None:
-        super().__init__(**sizes)
-        self.register_buffer("planted", planted, persistent=False)
+    They are written over the network's output, in its dtype and strides, behind whatever is
+    compiled: a compiler that saw them would leave out the network.
+
+    Parameters
+    ----------
+    planted
+        (N, 2, H/4, W/4) float32, for as many panels as a batch has, or more.
+    """
+
+    def __init__(self, planted: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._planted: dict[int, Tensor] = {}
+        self.plant(planted)
+
+    def plant(self, planted: Tensor) -> None:
+        """Plant other quarter-resolution logits."""
         full = F.interpolate(planted, scale_factor=STRIDE, mode="bilinear")
-        self.register_buffer("planted_full", full, persistent=False)
-        # A tensor, because a compiler sees through a multiplication by the number 0.
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        # Not buffers: bf16-true would round them.
+        self._planted = {STRIDE: planted, 1: full}
 
-    def plant(self, logits: Tensor) -> None:
-        """Plant other quarter-resolution logits, (N, 2, H/4, W/4)."""
-        self.get_buffer("planted").copy_(logits)
-        full = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
-        self.get_buffer("planted_full").copy_(full)
+    def _logits(self, images_BPHW: Tensor) -> tuple[Tensor, Prepared]:
+        logits, prepared = super()._logits(images_BPHW)
+        return self.planted_over(logits), prepared
 
-    def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
-        """Run the network; return the planted logits."""
-        logits = super().coarse_logits(images_N1HW)
-        planted: Tensor = self.get_buffer("planted")
-        return logits * self.get_buffer("zero") + planted[: len(logits)]
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        """Run the network; return the planted logits at full resolution."""
-        logits = super().forward(images_N1HW)
-        full: Tensor = self.get_buffer("planted_full")
-        return logits * self.get_buffer("zero") + full[: len(logits)]
+    def planted_over(self, logits: Tensor) -> Tensor:
+        """Write the planted logits over a network's, of either resolution."""
+        stride = STRIDE if logits.shape[2:] == self._planted[STRIDE].shape[2:] else 1
+        self._planted[stride] = self._planted[stride].to(logits.device)
+        return logits.copy_(self._planted[stride][: len(logits)])

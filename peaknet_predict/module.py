@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from peaknet_predict.models.fast import FastForm
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.preprocess import Prepared, Preprocess, Transform
 from peaknet_predict.ring import Slot
@@ -91,13 +92,18 @@ class PeakNetModule(L.LightningModule):
     preprocess
         Transforms of `peaknet_predict.preprocess`, in order.
     compile
-        Compile preprocessing and network with `torch.compile`.
+        Compile preprocessing and network with `torch.compile`. The fast PeakNet is left as it is:
+        little lies between its kernels, and compiling that would only delay the start.
     num_overlap
         Batches under way at once; `predict_step` waits only when there would be more.
     warmup_shapes
         (B, P, H, W) of the batches to come, before preprocessing, one for each size that batches
         may have: run on zeros before the first event is taken, so that no event waits for
         compilation. Other shapes are compiled when they first come.
+    fast
+        Let `PeakNet` run in its fast form (docs/fast.md) wherever that is possible: on a CUDA GPU,
+        with precision ``bf16-mixed`` or ``bf16-true``. The log says which form runs, and why.
+        Other networks, subclasses too, run as they are.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class PeakNetModule(L.LightningModule):
         compile: bool = False,
         num_overlap: int = 3,
         warmup_shapes: list[tuple[int, int, int, int]] | None = None,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         if num_overlap < 1:
@@ -116,6 +123,7 @@ class PeakNetModule(L.LightningModule):
         self.compile_net = compile
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
+        self._fast = FastForm(net, fast)
         self._takes_valid = "valid_N1HW" in inspect.signature(net.forward).parameters
         self._under_way: deque[PendingPeaks] = deque()
         self._slots: deque[Slot] = deque()
@@ -124,6 +132,11 @@ class PeakNetModule(L.LightningModule):
         self._prepare: Callable[[Tensor], Prepared] = self.preprocess.forward
         self._stride: Literal[1, 4] = 1
         self._network: Callable[..., Tensor] = net.forward
+
+    def setup(self, stage: str) -> None:
+        """Make the network's fast form, before Lightning rounds the parameters for bf16-true."""
+        if stage == "predict":
+            self._fast.prepare(self.trainer.strategy.root_device, str(self.trainer.precision))
 
     def on_predict_start(self) -> None:
         """Choose the path for the device, compile, and warm up in the context of the loop."""
@@ -135,6 +148,7 @@ class PeakNetModule(L.LightningModule):
             )
         if self.device.type == "cuda":
             self._slots = deque(Slot(self.device) for _ in range(self.num_overlap))
+        self._fast.start(self.device, str(self.trainer.precision))
         self._choose_path()
         with self.trainer.precision_plugin.predict_step_context():
             for shape_BPHW in self.warmup_shapes:
@@ -145,15 +159,17 @@ class PeakNetModule(L.LightningModule):
                 self.predict_step(EventBatch(zeros_BPHW, [], []), 0, warm_up=True)
 
     def _choose_path(self) -> None:
+        net = self.net if self._fast.network is None else self._fast.network
         # The peak finder interpolates by 4, the stride of ConvNeXt's stem, and by nothing else.
-        if self.device.type == "cuda" and getattr(self.net, "coarse_stride", None) == 4:
+        if self.device.type == "cuda" and getattr(net, "coarse_stride", None) == 4:
             self._stride = 4
-            self._network = cast(Callable[..., Tensor], self.net.coarse_logits)
+            self._network = cast(Callable[..., Tensor], net.coarse_logits)
         else:
-            self._stride, self._network = 1, self.net.forward
+            self._stride, self._network = 1, net.forward
         self._prepare = self.preprocess.forward
         if self.compile_net:
             self._prepare = torch.compile(self._prepare, dynamic=False)
+        if self.compile_net and self._fast.network is None:
             self._network = torch.compile(self._network, dynamic=False)
 
     def transfer_batch_to_device(
@@ -229,10 +245,28 @@ class PeakNetModule(L.LightningModule):
             # Outside of what is compiled, or every dtype of raw counts would be compiled anew.
             prepared = self._prepare(images_BPHW.to(torch.float32))
         with _stage("network"):
+            if self._fast.network is not None:
+                try:
+                    return self._fast_logits(prepared), prepared
+                except (TorchDynamoException, torch.OutOfMemoryError):
+                    raise  # not the kernels' fault
+                except Exception as error:
+                    # Kernels are compiled for a shape when it first comes; later, something else
+                    # has gone wrong.
+                    if tuple(images_BPHW.shape) in self._shapes_seen:
+                        raise
+                    self._fast.give_up(error)
+                    self._choose_path()
+                    self._shapes_seen.clear()
             images_N1HW = prepared.images_N1HW.to(self._input_dtype())
             if self._takes_valid:
                 return self._network(images_N1HW, valid_N1HW=prepared.valid_N1HW), prepared
             return self._network(images_N1HW), prepared
+
+    def _fast_logits(self, prepared: Prepared) -> Tensor:
+        # Its dtypes are chosen one by one; autocast would change some of them.
+        with torch.autocast(self.device.type, enabled=False):
+            return self._network(prepared.images_N1HW.to(torch.bfloat16))
 
     @contextlib.contextmanager
     def _first_time(self, shape_BPHW: tuple[int, ...]) -> Iterator[None]:

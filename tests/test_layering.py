@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ PACKAGE = Path(peaknet_predict.__file__).parent
 
 
 def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in names_in(node)}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module is not None:
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
 
 
 def uses(path: Path, module: str) -> bool:
@@ -41,15 +44,32 @@ def test_both_packages_come_from_one_tree() -> None:
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("ray", {"queues", "doctor.py"}),
-        ("cupy", {"peaks", "doctor.py"}),
-        ("cupyx", {"peaks"}),
+        ("ray", {"queues/*", "doctor.py"}),
+        ("cupy", {"peaks/*", "models/fast/cuda_ops.py", "doctor.py"}),
+        ("cupyx", {"peaks/*"}),
+        ("triton", {"models/fast/triton_*.py"}),
         ("callbacks", set()),
     ],
 )
 def test_only_these_import(module: str, allowed: set[str]) -> None:
-    users = {path.relative_to(PACKAGE).parts[0] for path in files() if uses(path, module)}
-    assert users <= allowed
+    for path in files():
+        name = path.relative_to(PACKAGE).as_posix()
+        if uses(path, module):
+            assert any(fnmatch(name, pattern) for pattern in allowed), f"{name} imports {module}"
+
+
+def test_kernels_are_loaded_only_where_there_is_a_gpu() -> None:
+    """CuPy and Triton may not be installed: nothing imports them when it is itself imported."""
+    kernels = {"cuda_ops", "triton_ops", "triton_kernels"}
+    for path in files():
+        if path.stem in kernels:
+            continue
+        tops = {
+            name.rpartition(".")[2]
+            for node in ast.parse(path.read_text()).body
+            for name in names_in(node)
+        }
+        assert not tops & kernels, f"{path} imports {tops & kernels} when it is imported"
 
 
 @pytest.mark.parametrize(

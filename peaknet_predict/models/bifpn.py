@@ -28,7 +28,7 @@ def resize_bilinear(x_NCHW: Tensor, scale: float) -> Tensor:
     ).to(x_NCHW.dtype)
 
 
-class _SeparableConv(nn.Module):
+class SeparableConv(nn.Module):
     """A scale per channel and a 1x1 convolution: PeakNet's depthwise kernels have one pixel."""
 
     def __init__(self, num_features: int) -> None:
@@ -39,6 +39,7 @@ class _SeparableConv(nn.Module):
         self.pointwise_conv = nn.Conv2d(num_features, num_features, kernel_size=1, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Mix the channels of (N, C, H, W) features; the shape stays."""
         features_NCHW: Tensor = self.pointwise_conv(self.depthwise_conv(x_NCHW))
         return features_NCHW
 
@@ -75,11 +76,20 @@ class BiFPNBlock(nn.Module):
         self.conv = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    _SeparableConv(num_features), ChannelNorm(num_features), nn.GELU()
+                    SeparableConv(num_features), ChannelNorm(num_features), nn.GELU()
                 )
                 for name in names
             }
         )
+
+    def fusion_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of ``w_m`` (levels - 1, 2) and ``w_q`` (levels - 1, 3), normalised."""
+        # Fast normalised fusion: cheaper than a softmax and close to it (arXiv:1911.09070).
+        w_m = F.relu(self.w_m)
+        w_m = w_m / (w_m.sum(dim=1, keepdim=True) + _FUSION_EPS)
+        w_q = F.relu(self.w_q) * self.w_q_mask
+        w_q = w_q / (w_q.sum(dim=1, keepdim=True) + _FUSION_EPS)
+        return w_m, w_q
 
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Exchange features between the levels.
@@ -94,11 +104,7 @@ class BiFPNBlock(nn.Module):
         list of Tensor
             The same shapes.
         """
-        # Fast normalised fusion: cheaper than a softmax and close to it (arXiv:1911.09070).
-        w_m = F.relu(self.w_m)
-        w_m = w_m / (w_m.sum(dim=1, keepdim=True) + _FUSION_EPS)
-        w_q = F.relu(self.w_q) * self.w_q_mask
-        w_q = w_q / (w_q.sum(dim=1, keepdim=True) + _FUSION_EPS)
+        w_m, w_q = self.fusion_weights()
         top = len(pyramid) - 1
 
         # Top-down; `middle` is filled from the coarsest level to the finest.

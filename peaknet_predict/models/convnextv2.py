@@ -20,7 +20,7 @@ from torch import Tensor, nn
 LAYER_NORM_EPS = 1e-6
 """Added to the variance in every LayerNorm of PeakNet (arXiv:2201.03545, reference code)."""
 
-_GRN_EPS = 1e-6
+GRN_EPS = 1e-6
 _STEM_STRIDE = 4
 _DOWNSAMPLING = 2
 
@@ -79,7 +79,7 @@ class GlobalResponseNorm(nn.Module):
         # Sums of squares over a whole image need float32.
         x32_NHWC = x_NHWC.float()
         norm_N11C: Tensor = torch.linalg.vector_norm(x32_NHWC, dim=(1, 2), keepdim=True)
-        relative_N11C = norm_N11C / (norm_N11C.mean(dim=-1, keepdim=True) + _GRN_EPS)
+        relative_N11C = norm_N11C / (norm_N11C.mean(dim=-1, keepdim=True) + GRN_EPS)
         scaled_NHWC = self.weight.float() * (x32_NHWC * relative_N11C) + self.bias.float()
         return (scaled_NHWC + x32_NHWC).to(x_NHWC.dtype)
 
@@ -123,7 +123,7 @@ class _Embeddings(nn.Module):
         return features_NCHW
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """Blocks of one resolution, behind the step down to it (the first stage has none)."""
 
     def __init__(self, in_channels: int, num_channels: int, depth: int, downsample: bool) -> None:
@@ -137,6 +137,7 @@ class _Stage(nn.Module):
         self.layers = nn.Sequential(*(ConvNextV2Block(num_channels) for _ in range(depth)))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Transform (N, C, H, W) features of the stage before."""
         features_NCHW: Tensor = self.layers(self.downsampling_layer(x_NCHW))
         return features_NCHW
 
@@ -148,7 +149,7 @@ class _Encoder(nn.Module):
         super().__init__()
         in_sizes = (hidden_sizes[0], *hidden_sizes[:-1])
         self.stages = nn.ModuleList(
-            _Stage(in_size, size, depth, downsample=stage > 0)
+            Stage(in_size, size, depth, downsample=stage > 0)
             for stage, (in_size, size, depth) in enumerate(
                 zip(in_sizes, hidden_sizes, depths, strict=True)
             )

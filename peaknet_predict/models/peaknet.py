@@ -18,7 +18,7 @@ from peaknet_predict.models.convnextv2 import ConvNextV2
 from peaknet_predict.models.weights import load_weights
 
 
-class _LateralLayer(nn.Module):
+class LateralLayer(nn.Module):
     """Head of one level: to the finest level's resolution, one convolution for each doubling."""
 
     def __init__(
@@ -43,6 +43,7 @@ class _LateralLayer(nn.Module):
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Bring (N, C, H, W) features to the finest level's resolution."""
         for layer in self.layers:
             x_NCHW = layer(x_NCHW)
             if self.num_doublings:
@@ -119,7 +120,7 @@ class PeakNet(nn.Module):
         self.bifpn = BiFPN(bifpn_features, len(hidden_sizes), bifpn_blocks, bifpn_base_level)
         # Each stage halves the resolution once more than the one before.
         self.seg_lateral_layers = nn.ModuleList(
-            _LateralLayer(bifpn_features, head_channels, head_groups, num_doublings=level)
+            LateralLayer(bifpn_features, head_channels, head_groups, num_doublings=level)
             for level in range(len(hidden_sizes))
         )
         self.head_segmask = nn.Conv2d(head_channels, num_classes, kernel_size=1)

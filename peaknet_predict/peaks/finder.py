@@ -1,11 +1,12 @@
 """Peak finding on a CUDA device without waiting: from logits to a table on its way to the host.
 
-Three kernels and one copy for a batch, whatever it holds; no label image exists, and the host
-decides nothing in between:
+Two or three kernels and one copy for a batch, whatever it holds; no label image exists, and the
+host decides nothing in between:
 
 1. a bit mask, one bit for each pixel, from logits, low-resolution logits or a class map;
 2. components of the mask and their sums, one block for each panel, in shared memory (`label.cu`);
-3. the same in global memory for panels with too many runs, which ends at once if there is none;
+3. where panels are larger than 512 x 512 or so, the same in global memory for those too crowded
+   for shared memory, which ends at once if there is none;
 4. the copy, on a stream of its own, so that the next batch's kernels do not queue behind it.
 
 Every number is an integer sum, hence the same in any order, and a centroid is one float64 division
@@ -78,10 +79,10 @@ class PeakFinder:
         and labelled again when the table is fetched.
     device
         A CUDA device.
-    max_runs
-        How many runs of pixels of a panel are labelled in shared memory; the others take global
-        memory. By default as many as fit, about 22,000 on a GPU with 227 KiB a block. A panel of
-        512 x 512 pixels with 50 peaks has about 300.
+    max_pieces
+        How many pieces of a panel (see `label.cu`) are labelled in shared memory; panels with more
+        take global memory. By default as many as fit, 65,536 on a GPU with 227 KiB a block: all
+        that a panel of 512 x 512 pixels can have. With 50 peaks it has about 200.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class PeakFinder:
         width: int,
         max_peaks_per_panel: int = 256,
         device: torch.device | str | int = "cuda",
-        max_runs: int | None = None,
+        max_pieces: int | None = None,
     ) -> None:
         if min(max_panels, height, width, max_peaks_per_panel) < 1:
             raise ValueError("a finder needs at least one panel, row, column and peak")
@@ -100,7 +101,7 @@ class PeakFinder:
             raise ValueError(f"PeakFinder works on a CUDA device, not on {self.device}")
         self.max_panels, self.height, self.width = max_panels, height, width
         self.max_peaks_per_panel = max_peaks_per_panel
-        self._labeller = Labeller(max_panels, height, width, self.device, max_runs)
+        self._labeller = Labeller(max_panels, height, width, self.device, max_pieces)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)

@@ -50,47 +50,49 @@ __device__ inline u64 read(const u64* sum) {
 }
 
 // NaN and infinite pixels are left out; a component of nothing else has the sum 0, the maximum NaN.
-template <bool kShared>
-__device__ inline void add_intensity(const Runs<kShared>& runs, u32 total, const Table& table,
-                                     u32 kept, const Pixels& pixels) {
-    for (u32 run = threadIdx.x; run < total; run += kThreads) {
-        const u32 rank = rank_of(runs, run);
-        if (rank >= kept) continue;
+template <typename Index>
+__device__ inline void add_intensity(const Panel<Index>& panel, u32 num_occupied,
+                                     const Table& table, u32 components, const Pixels& pixels) {
+    Gather<Max, 2> extremes = {{table.column(4), table.largest}};
+    each_part(panel, num_occupied, [&](u32 rank, u32 y, u32 x, u32 bits) {
         u64 highest = 0;
         double largest = 0.0;
-        for (u32 x = runs.begin[run]; x <= runs.end[run]; ++x) {
-            const double value = pixels.at(runs.row[run], x);
+#pragma unroll 1
+        for (; bits; bits &= bits - 1) {
+            const double value = pixels.at(y, x + __ffs(bits) - 1);
             if (!(fabs(value) <= kLargestDouble)) continue;
             highest = max(highest, order_of(value));
             largest = fmax(largest, fabs(value));
         }
-        atomicMax(table.at(4, rank), highest);
-        atomicMax(table.largest + rank, static_cast<u64>(__double_as_longlong(largest)));
-    }
+        extremes.add(rank, {highest, static_cast<u64>(__double_as_longlong(largest))});
+    });
+    extremes.finish();
     __syncthreads();
-    for (u32 run = threadIdx.x; run < total; run += kThreads) {
-        const u32 rank = rank_of(runs, run);
-        if (rank >= kept) continue;
+    Gather<Add, 1> sums = {{table.column(3)}};
+    each_part(panel, num_occupied, [&](u32 rank, u32 y, u32 x, u32 bits) {
         const double largest = __longlong_as_double(read(table.largest + rank));
-        if (largest == 0.0) continue;
-        const int places = binary_places(largest, read(table.at(0, rank)));
+        if (largest == 0.0) return;
+        const int places = binary_places(largest, read(table.column(0) + rank));
         i64 sum = 0;
-        for (u32 x = runs.begin[run]; x <= runs.end[run]; ++x) {
-            const double value = pixels.at(runs.row[run], x);
+#pragma unroll 1
+        for (; bits; bits &= bits - 1) {
+            const double value = pixels.at(y, x + __ffs(bits) - 1);
             if (fabs(value) <= kLargestDouble) sum += __double2ll_rn(scalbn(value, places));
         }
-        atomicAdd(table.at(3, rank), static_cast<u64>(sum));
-    }
+        sums.add(rank, {static_cast<u64>(sum)});
+    });
+    sums.finish();
     __syncthreads();
-    for (u32 rank = threadIdx.x; rank < kept; rank += kThreads) {
+    for (u32 rank = threadIdx.x; rank < components; rank += kThreads) {
         const double largest = __longlong_as_double(read(table.largest + rank));
-        const u64 highest = read(table.at(4, rank));
+        const u64 highest = read(table.column(4) + rank);
         double sum = 0.0;
         if (largest != 0.0) {
-            const int places = binary_places(largest, read(table.at(0, rank)));
-            sum = scalbn(static_cast<double>(static_cast<i64>(read(table.at(3, rank)))), -places);
+            const int places = binary_places(largest, read(table.column(0) + rank));
+            const i64 units = static_cast<i64>(read(table.column(3) + rank));
+            sum = scalbn(static_cast<double>(units), -places);
         }
-        *table.at(3, rank) = __double_as_longlong(sum);
-        *table.at(4, rank) = highest ? __double_as_longlong(value_of(highest)) : kNotANumber;
+        table.column(3)[rank] = __double_as_longlong(sum);
+        table.column(4)[rank] = highest ? __double_as_longlong(value_of(highest)) : kNotANumber;
     }
 }

@@ -14,18 +14,19 @@ from torch import Tensor
 from peaknet_predict.peaks.request import Request
 
 MAX_SIDE = 65535
-"""Most rows and columns of a panel: coordinates are kept in 16 bits."""
+"""Most rows and columns of a panel: 32 bits number its pixels."""
 
 THREADS_TO_PACK = 256
 THREADS_TO_LABEL = 1024  # kThreads of label.cu
 
-BYTES_PER_RUN = 10  # parent, begin, end, row: struct Runs of label.cu
+# Memory for every 32 pieces, struct Panel of label.cu: one word of `roots`, one of `ranks`, and
+# parents of 16 bits in shared memory, of 32 in global memory.
+GROUP = 32
+SHARED_GROUP_BYTES = 4 * 2 + 2 * GROUP
+LARGE_GROUP_WORDS = 2 + GROUP
 
 ROOM_BYTES = 192 * 2**20
-"""Most device memory for panels with too many runs; a panel without room of its own waits for one.
-
-Enough for 128 panels of 512 x 512 at once: in white noise all of them need it.
-"""
+"""Most device memory for panels with too many pieces; one without room of its own waits for it."""
 
 GEOMETRY, WITH_INTENSITY = 3, 5
 """Columns of a table: num_pixels, sum_y, sum_x; then intensity_sum and intensity_max."""
@@ -35,7 +36,7 @@ class Labeller:
     """Bit masks of a batch of panels, and room to label them; see `PeakFinder` for parameters."""
 
     def __init__(
-        self, max_panels: int, height: int, width: int, device: torch.device, max_runs: int | None
+        self, max_panels: int, height: int, width: int, device: torch.device, max_pieces: int | None
     ) -> None:
         # Imported here: CuPy may not be installed where peaks are found on the CPU.
         from peaknet_predict.peaks import _kernels
@@ -49,24 +50,25 @@ class Labeller:
         if max_panels * height * self._row_words * 4 >= 2**32 - THREADS_TO_PACK:
             raise ValueError(f"{max_panels} panels of {height} x {width} are too many at once")
 
-        self._row_start_bytes = 4 * (height + 1)
-        fitting = (self._kernels.shared_bytes - self._row_start_bytes) // BYTES_PER_RUN
-        if fitting < 1:
-            raise ValueError(f"{height} rows are too many for the shared memory of {device}")
-        self._most_runs = height * ((width + 1) // 2)
-        wanted = fitting if max_runs is None else max(1, max_runs)
-        self._max_runs = min(fitting, wanted, self._most_runs)
-        room_words = self._most_runs + 3 * ((self._most_runs + 1) // 2)
+        self._strips = -(-height // 2)
+        self._most_pieces = self._strips * -(-width // 2)
+        fitting = min(2**16, self._kernels.shared_bytes // SHARED_GROUP_BYTES * GROUP)
+        wanted = fitting if max_pieces is None else max(1, max_pieces)
+        self._max_pieces = min(fitting, wanted, self._most_pieces)
+        room_words = LARGE_GROUP_WORDS * -(-self._most_pieces // GROUP)
         self._rooms = min(max_panels, max(1, ROOM_BYTES // (4 * room_words)))
-        if self._max_runs == self._most_runs:
+        if self._max_pieces == self._most_pieces:
             self._rooms = 0  # no panel can have too many
 
         def memory(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.mask_NHW = memory(max_panels, height, self._row_words)  # 32 pixels a word
+        # 32 pixels a word, words of two rows side by side; the row below an odd height stays zero.
+        self.mask_N = memory(max_panels, self._strips, self._row_words, 2)
         self._room = memory(self._rooms, room_words)
         self._too_large_N = memory(max_panels)
+        cells = self._strips * self._row_words
+        self._scratch = memory(max_panels, 3 * cells + 2 + cells % 2)  # for each slot
 
     def pack(self, request: Request, stream: torch.cuda.Stream) -> None:
         """Enqueue what makes the mask."""
@@ -85,7 +87,7 @@ class Labeller:
             arguments.append(cuda.i32(source.shape[1]))
         arguments += map(cuda.u32, (num_panels, self.height, self.width, row_bytes))
         strides = (0, 0, 0) if valid is None else valid.stride()
-        arguments += [cuda.pointer(valid), *map(cuda.i64, strides), cuda.pointer(self.mask_NHW)]
+        arguments += [cuda.pointer(valid), *map(cuda.i64, strides), cuda.pointer(self.mask_N)]
         blocks = -(-rows * row_bytes // THREADS_TO_PACK)
         kernel = self._kernels.by_name[f"peaknet_pack_{name}"]
         cuda.launch(kernel, blocks, THREADS_TO_PACK, arguments, stream)
@@ -117,7 +119,7 @@ class Labeller:
         table
             Memory for (slots, columns, K) int64: gets the columns of `GEOMETRY`, or those of
             `WITH_INTENSITY` if there are pixels, the last two as the bits of float64. Rows beyond
-            the number of peaks are left as they are.
+            the number of peaks are left as they are, and so is a slot with more than K peaks.
         largest
             Scratch memory for (slots, K) int64.
         pixels_NHW
@@ -125,15 +127,16 @@ class Labeller:
         """
         cuda = self._cuda
 
-        def arguments(max_runs: int) -> list[Any]:
+        def arguments(max_pieces: int) -> list[Any]:
             pixel_dtype = 0 if pixels_NHW is None else cuda.PIXEL_DTYPES[pixels_NHW.dtype]
             strides = (0, 0, 0) if pixels_NHW is None else pixels_NHW.stride()
             return [
-                cuda.pointer(self.mask_NHW),
-                *map(cuda.u32, (self.height, self._row_words)),
+                cuda.pointer(self.mask_N),
+                *map(cuda.u32, (self._strips, self._row_words)),
                 cuda.pointer(panel_of_slot),
-                *map(cuda.u32, (max_peaks, max_runs)),
-                *map(cuda.pointer, (counts, table, largest, self._too_large_N, pixels_NHW)),
+                *map(cuda.u32, (max_peaks, max_pieces)),
+                *map(cuda.pointer, (counts, table, largest, self._too_large_N, self._scratch)),
+                cuda.pointer(pixels_NHW),
                 cuda.i32(pixel_dtype),
                 *map(cuda.i64, strides),
             ]
@@ -142,16 +145,15 @@ class Labeller:
             self._kernels.by_name["peaknet_label"],
             num_slots,
             THREADS_TO_LABEL,
-            arguments(self._max_runs),
+            arguments(self._max_pieces),
             stream,
-            self._row_start_bytes + BYTES_PER_RUN * self._max_runs,
+            SHARED_GROUP_BYTES * -(-self._max_pieces // GROUP),
         )
         if self._rooms:
             cuda.launch(
                 self._kernels.by_name["peaknet_label_large"],
                 min(num_slots, self._rooms),
                 THREADS_TO_LABEL,
-                [*arguments(self._most_runs), cuda.u32(num_slots), cuda.pointer(self._room)],
+                [*arguments(self._most_pieces), cuda.u32(num_slots), cuda.pointer(self._room)],
                 stream,
-                self._row_start_bytes,
             )

@@ -2,7 +2,8 @@
 //
 // A bit mask is 1/64 of float32 logits and is all that the labelling reads; a panel of 512 x 512
 // pixels takes 32 KiB. Rows are padded with zeros to whole 32-bit words. Bit i of byte j of a row
-// is pixel x = 8 j + i, so that a word holds its 32 pixels with the leftmost in the lowest bit.
+// is pixel x = 8 j + i, so that a word holds its 32 pixels with the leftmost in the lowest bit. The
+// words of two rows alternate, as label.cu reads them together; nobody writes a missing last row.
 //
 // Every thread makes whole bytes and no thread needs another: no warp primitives, no shared memory.
 
@@ -132,6 +133,12 @@ __device__ inline bool place_of_thread(u32 panels, u32 rows, u32 row_bytes, Plac
     return place->panel < panels;
 }
 
+__device__ inline void store(u8* mask, u32 height, u32 row_bytes, const Place& place, u32 bits) {
+    const i64 strip = static_cast<i64>(place.panel) * ((height + 1) / 2) + place.y / 2;
+    const u32 word = place.byte / 4 * 2 + place.y % 2;
+    mask[strip * 2 * row_bytes + word * 4 + place.byte % 4] = bits;
+}
+
 // Clears the bits of pixels that are not valid. Peaks are rare: reads next to nothing.
 struct Valid {
     const u8* base;
@@ -193,7 +200,7 @@ __device__ void pack_logits(const T* logits, i64 stride_n, i64 stride_c, i64 str
             bits |= static_cast<u32>(is_peak_of_many(first + i * stride_w, stride_c, classes)) << i;
         }
     }
-    mask[(static_cast<i64>(at.panel) * height + at.y) * row_bytes + at.byte] = valid.keep(bits, at);
+    store(mask, height, row_bytes, at, valid.keep(bits, at));
 }
 
 template <typename T, Layout kLayout>
@@ -211,7 +218,7 @@ __device__ void pack_classes(const T* classes, i64 stride_n, i64 stride_h, i64 s
     } else {
         for (u32 i = 0; i < 8 && x + i < width; ++i) bits |= (first[i * stride_w] != 0) << i;
     }
-    mask[(static_cast<i64>(at.panel) * height + at.y) * row_bytes + at.byte] = valid.keep(bits, at);
+    store(mask, height, row_bytes, at, valid.keep(bits, at));
 }
 
 // One factor of the bilinear interpolation. Written out as the compiler contracts torch's
@@ -297,8 +304,7 @@ __device__ void pack_upsampled(const T* logits, i64 stride_n, i64 stride_c, i64 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const Place pixel = {at.panel, at.y * 4 + i, at.byte};
-        mask[(static_cast<i64>(at.panel) * cells_high * 4 + pixel.y) * row_bytes + at.byte] =
-            valid.keep(bits[i], pixel);
+        store(mask, cells_high * 4, row_bytes, pixel, valid.keep(bits[i], pixel));
     }
 }
 

@@ -92,8 +92,9 @@ def spiral(side: int) -> Mask:
 
 def mask_of(finder: PeakFinder, num_panels: int) -> Tensor:
     """Return the finder's own bit mask as bool, to compare millions of pixels with torch."""
-    bits = finder._labeller.mask_NHW[:num_panels, :, :, None] >> torch.arange(32, device="cuda") & 1
-    return bits.flatten(2)[:, :, : finder.width].bool()
+    words_NHW = finder._labeller.mask_N[:num_panels].transpose(2, 3).flatten(1, 2)
+    bits = words_NHW[..., None] >> torch.arange(32, device="cuda") & 1
+    return bits.flatten(2)[:, : finder.height, : finder.width].bool()
 
 
 # Components
@@ -102,15 +103,15 @@ def mask_of(finder: PeakFinder, num_panels: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.02, 0.1, 0.3, 0.4, 0.5, 0.6, 0.9, 0.99, 1.0])
 def test_any_density(density: float, rng: np.random.Generator) -> None:
     check(rng.random((5, 171, 203)) < density)
-    # Some runs in shared memory, most not.
-    check(rng.random((5, 171, 203)) < density, max_runs=1000)
+    # Some panels in shared memory, most not.
+    check(rng.random((5, 171, 203)) < density, max_pieces=1000)
 
 
 def test_many_small_masks(rng: np.random.Generator) -> None:
     for _ in range(150):
         shape = tuple(rng.integers([0, 1, 1], [131, 40, 100]))
-        max_runs = int(rng.integers(1, 400))
-        check(rng.random(shape) < rng.random(), max_runs=max_runs, max_peaks_per_panel=20)
+        max_pieces = int(rng.integers(1, 400))
+        check(rng.random(shape) < rng.random(), max_pieces=max_pieces, max_peaks_per_panel=20)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_many_small_masks(rng: np.random.Generator) -> None:
 )
 def test_panels_of_real_size(shape: tuple[int, int, int], rng: np.random.Generator) -> None:
     check(blobs(shape, 150, rng))
-    check(rng.random(shape) < 0.2)  # more runs than fit
+    check(rng.random(shape) < 0.2)  # more pieces than fit
     check(np.kron(rng.random((shape[0], 512, 512)) < 0.5, np.ones((1, 4, 4))).astype(np.bool_)[
         :, : shape[1], : shape[2]
     ])  # fmt: skip
@@ -146,15 +147,29 @@ def test_borders_and_lines(rng: np.random.Generator) -> None:
         check(np.stack([mask_HW, ~mask_HW, dots_HW, rng.random(shape) < 0.5]))
 
 
-@pytest.mark.parametrize("max_runs", [None, 1])
-def test_worst_cases_for_the_union(max_runs: int | None) -> None:
+@pytest.mark.parametrize("max_pieces", [None, 1])
+def test_worst_cases_for_the_union(max_pieces: int | None) -> None:
     comb_HW = np.zeros((512, 512), dtype=np.bool_)
     comb_HW[:, ::2] = comb_HW[-1] = True
     zigzag_HW = np.zeros((512, 512), dtype=np.bool_)
     zigzag_HW[::2] = zigzag_HW[1::4, 0] = zigzag_HW[3::4, -1] = True
     diagonal_HW = np.indices((512, 512)).sum(0) % 3 == 0
     masks = [comb_HW, comb_HW[::-1], comb_HW.T, zigzag_HW, spiral(512), spiral(512).T, diagonal_HW]
-    check(np.stack(masks), max_runs=max_runs)
+    check(np.stack(masks), max_pieces=max_pieces)
+
+
+def test_as_many_pieces_as_16_bits_can_number(rng: np.random.Generator) -> None:
+    masks = np.zeros((4, 512, 512), dtype=np.bool_)
+    masks[0, ::2, ::2] = masks[1, 1::2, 1::2] = masks[2, :, 1::2] = True
+    masks[3] = rng.random((512, 512)) < 0.3
+    finder = finder_for(masks.shape)
+    assert finder._labeller._rooms == 0  # nothing can be too large
+    found = finder.enqueue(class_map=torch.from_numpy(masks).cuda()).table()
+    assert_same(found, find_peaks_reference(masks))
+
+
+def test_noise_of_every_pixel(rng: np.random.Generator) -> None:
+    check(rng.random((20, 512, 512)) < rng.uniform(0.1, 0.9, (20, 1, 1)))
 
 
 def test_components_in_neighbouring_panels_never_join() -> None:
@@ -271,7 +286,7 @@ def test_intensity(dtype: torch.dtype, rng: np.random.Generator) -> None:
     if dtype.is_floating_point:
         images[torch.from_numpy(rng.random(images.shape) < 0.1)] = math.nan
         images[torch.from_numpy(rng.random(images.shape) < 0.05)] = -math.inf
-    finder = PeakFinder(7, 185, 388, max_peaks_per_panel=100, max_runs=4000)
+    finder = PeakFinder(7, 185, 388, max_peaks_per_panel=100, max_pieces=4000)
     pixels = images.cuda()[:, 8:193, 5:393]
     found = finder.enqueue(class_map=torch.from_numpy(mask_NHW).cuda(), pixels=pixels).table()
     assert_same(found, find_peaks_reference(mask_NHW))
@@ -319,8 +334,8 @@ def test_more_peaks_than_room_are_recovered(rng: np.random.Generator) -> None:
     image_NHW = torch.from_numpy(rng.integers(0, 1000, mask_NHW.shape)).int().cuda()
     class_map = torch.from_numpy(mask_NHW).cuda()
     for capacity in (1, 50, 256):
-        for max_runs in (None, 700):
-            finder = PeakFinder(20, 128, 130, capacity, max_runs=max_runs)
+        for max_pieces in (None, 700):
+            finder = PeakFinder(20, 128, 130, capacity, max_pieces=max_pieces)
             found = finder.enqueue(class_map=class_map, pixels=image_NHW).table()
             assert_same(found, find_peaks_reference(mask_NHW))
             roomy = PeakFinder(20, 128, 130, 5000)
@@ -332,7 +347,7 @@ def test_more_peaks_than_room_are_recovered(rng: np.random.Generator) -> None:
 def test_repetitions_are_equal_bit_for_bit(rng: np.random.Generator) -> None:
     classes = torch.from_numpy(rng.random((32, 256, 256)) < 0.42).cuda()
     pixels = torch.randn(classes.shape, device="cuda")
-    finder = PeakFinder(32, 256, 256, max_peaks_per_panel=3000, max_runs=8000)
+    finder = PeakFinder(32, 256, 256, max_peaks_per_panel=3000, max_pieces=8000)
     first = finder.enqueue(class_map=classes, pixels=pixels).table()
     for _ in range(20):
         again = finder.enqueue(class_map=classes, pixels=pixels).table()
@@ -344,7 +359,7 @@ def test_repetitions_are_equal_bit_for_bit(rng: np.random.Generator) -> None:
 def test_two_finders_on_two_streams(rng: np.random.Generator) -> None:
     masks = [blobs((64, 256, 256), 20, rng), rng.random((64, 256, 256)) < 0.3]
     expected = [find_peaks_reference(mask) for mask in masks]
-    finders = [PeakFinder(64, 256, 256, max_runs=5000) for _ in masks]
+    finders = [PeakFinder(64, 256, 256, max_pieces=5000) for _ in masks]
     on_device = [torch.from_numpy(mask).cuda() for mask in masks]
     streams = [torch.cuda.Stream() for _ in masks]  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()

@@ -1,0 +1,334 @@
+"""Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
+
+`depthwise.cu` runs on any GPU with bfloat16. `expand.cu` and `node.cu` use the matrix units of
+Hopper (compute capability 9.0) and take some sizes only; for all else the kernels of `triton_ops`
+do the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+import torch
+from cupy.cuda import nvrtc
+from torch import Tensor
+
+from peaknet_predict.models.convnextv2 import LAYER_NORM_EPS
+from peaknet_predict.models.fast import ops, triton_ops
+
+_HOPPER = (9, 0)
+_GROUP = 128  # threads that multiply together on Hopper
+_ROWS = 64  # of a tile there
+_ALIGNMENT = 1024
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _pointer(tensor: Tensor | None) -> np.uint64:
+    return np.uint64(0 if tensor is None else tensor.data_ptr())
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    threads: int,
+    arguments: tuple[Any, ...],
+    like: Tensor,
+    shared_bytes: int = 0,
+) -> None:
+    """Enqueue a kernel on torch's current stream of a tensor's device."""
+    stream = torch.cuda.current_stream(like.device)
+    with cupy.cuda.Device(stream.device_index), cupy.cuda.Stream.from_external(stream):
+        kernel(grid, (threads,), arguments, shared_mem=shared_bytes)
+
+
+def _device_index(tensor: Tensor) -> int:
+    return tensor.get_device()
+
+
+def _is_hopper(tensor: Tensor) -> bool:
+    return torch.cuda.get_device_capability(tensor.device) == _HOPPER
+
+
+@functools.cache
+def _hopper_kernel(
+    name: str, defines: tuple[str, ...], shared_bytes: int, device_index: int
+) -> Any:
+    """Compile ``peaknet_<name>`` of ``<name>.cu`` with definitions such as ``"CHANNELS=96"``.
+
+    CuPy compiles for compute capability 9.0 without the instructions that only 9.0 has
+    (``sm_90a``), so the compiler is called here.
+    """
+    code = _read(f"{name}.cu").replace('#include "hopper.cuh"', _read("hopper.cuh"))
+    options = ("-std=c++17", "-arch=sm_90a", *(f"-D{define}" for define in defines))
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(path=str(_compiled(code, options)))
+        kernel = module.get_function(f"peaknet_{name}")
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+def _compiled(code: str, options: tuple[str, ...]) -> Path:
+    """Return the machine code's file, which is kept where CuPy keeps its own."""
+    key = repr((code, options, nvrtc.getVersion()))
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = folder / f"peaknet_{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    if path.exists():
+        return path
+    program = nvrtc.createProgram(code, "peaknet.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: another process may look for it at this moment.
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(nvrtc.getCUBIN(program))
+    return Path(file.name).replace(path)
+
+
+# --- depthwise ---
+
+_DEPTHWISE_THREADS = 128
+_DEPTHWISE_ROWS = 16
+_DEPTHWISE_CHANNELS = 32
+_BORDER = 3
+
+
+@functools.cache
+def _depthwise_kernels(channels: int, device_index: int) -> dict[str, Any]:
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(
+            code=_read("depthwise.cu"), options=("-std=c++17", f"-DCHANNELS={channels}")
+        )
+        kernels = {"moments": module.get_function("peaknet_moments")}
+        for columns in (16, 32):
+            kernel = module.get_function(f"peaknet_depthwise_{columns}")
+            kernel.max_dynamic_shared_size_bytes = _depthwise_bytes(columns)
+            kernels[f"depthwise_{columns}"] = kernel
+    return kernels
+
+
+def _depthwise_bytes(columns: int) -> int:
+    pixels = (_DEPTHWISE_ROWS + 2 * _BORDER) * (columns + 2 * _BORDER)
+    return pixels * _DEPTHWISE_CHANNELS * 2
+
+
+@ops.depthwise.register_kernel("cuda")
+def _depthwise(
+    x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    n, height, width, channels = x_NHWC.shape
+    groups = -(-channels // _DEPTHWISE_CHANNELS)
+    pixels = n * height * width
+    out = torch.empty_like(x_NHWC)
+    sums = x_NHWC.new_empty(groups, 2, pixels, dtype=torch.float32)
+    moments = x_NHWC.new_empty(pixels, 2, dtype=torch.float32)
+    # The wide tile reads less of its border twice; the narrow one wastes less of a narrow panel.
+    columns = 32 if -(-width // 16) % 2 == 0 else 16
+    tiles = -(-height // _DEPTHWISE_ROWS) * -(-width // columns)
+    kernels = _depthwise_kernels(channels, _device_index(x_NHWC))
+    _launch(
+        kernels[f"depthwise_{columns}"],
+        (groups * tiles, n),
+        _DEPTHWISE_THREADS,
+        (
+            _pointer(x_NHWC),
+            _pointer(weight_49C),
+            _pointer(scale_C),
+            _pointer(bias_C),
+            _pointer(out),
+            _pointer(sums),
+            np.int32(height),
+            np.int32(width),
+        ),
+        x_NHWC,
+        _depthwise_bytes(columns),
+    )
+    _launch(
+        kernels["moments"],
+        (-(-pixels // 256),),
+        256,
+        (_pointer(sums), _pointer(moments), np.int64(pixels), np.float32(LAYER_NORM_EPS)),
+        x_NHWC,
+    )
+    return out, moments
+
+
+# --- expand ---
+
+_EXPAND_COLUMNS = 128
+_EXPAND_MOST_CHANNELS = 384  # whose weights fit into shared memory beside the tiles
+
+
+def expand_shape(channels: int) -> tuple[int, int]:
+    """Return groups of warps in a block, and blocks on a multiprocessor, for so many channels."""
+    return (1, 2) if channels <= 192 else (2, 1)
+
+
+def _expand_bytes(channels: int, groups: int) -> int:
+    weights, tiles = 2 * _EXPAND_COLUMNS * channels, groups * 2 * _ROWS * channels
+    staging, terms = groups * 2 * _ROWS * 64, 8 * _EXPAND_COLUMNS
+    return weights + tiles + staging + terms + _ALIGNMENT
+
+
+@ops.expand.register_kernel("cuda")
+def _expand(
+    x_NHWC: Tensor, moments_M2: Tensor, weight_KC: Tensor, column_sums_K: Tensor, bias_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    n, height, width, channels = x_NHWC.shape
+    if channels % 32 or channels > _EXPAND_MOST_CHANNELS or not _is_hopper(x_NHWC):
+        return triton_ops.expand(x_NHWC, moments_M2, weight_KC, column_sums_K, bias_K)
+    size, pixels = len(weight_KC), height * width
+    strips = -(-pixels // ops.STRIP)
+    hidden = x_NHWC.new_empty(n, height, width, size)
+    energy = x_NHWC.new_empty(n, strips, size, dtype=torch.float32)
+    groups, blocks = expand_shape(channels)
+    shared_bytes = _expand_bytes(channels, groups)
+    is_even = int(pixels % _ROWS == 0)
+    defines = (
+        f"CHANNELS={channels}",
+        f"GROUPS={groups}",
+        f"BLOCKS={blocks}",
+        f"EVEN={is_even}",
+    )
+    _launch(
+        _hopper_kernel("expand", defines, shared_bytes, _device_index(x_NHWC)),
+        (size // _EXPAND_COLUMNS, strips, n),
+        _GROUP * groups,
+        (
+            _pointer(x_NHWC),
+            _pointer(moments_M2),
+            _pointer(weight_KC),
+            _pointer(column_sums_K),
+            _pointer(bias_K),
+            _pointer(hidden),
+            _pointer(energy),
+            np.int32(pixels),
+            np.int32(size),
+            np.int32(ops.STRIP),
+        ),
+        x_NHWC,
+        shared_bytes,
+    )
+    return hidden, energy
+
+
+# --- contract ---
+
+
+_MOST_SHARED_BYTES = 227 * 1024  # of a block on Hopper
+
+
+def contract_shape(channels: int) -> tuple[int, int, int] | None:
+    """Return columns, groups of warps and stages of a block for so many channels, if it can be."""
+    for shape in ((192, 3, 4), (256, 2, 4)):
+        if channels % shape[0] == 0 and _contract_bytes(channels, *shape) <= _MOST_SHARED_BYTES:
+            return shape
+    return None
+
+
+def _contract_bytes(channels: int, columns: int, groups: int, stages: int) -> int:
+    ring, scales = stages * 2 * 64 * (groups * _ROWS + columns), groups * 4 * 4 * channels
+    return ring + scales + _ALIGNMENT
+
+
+@ops.contract.register_kernel("cuda")
+def _contract(
+    hidden_NHWK: Tensor, scale_NK: Tensor, weight_CK: Tensor, bias_C: Tensor, residual_NHWC: Tensor
+) -> Tensor:
+    n, height, width, channels = residual_NHWC.shape
+    shape = contract_shape(channels)
+    if shape is None or height * width % _ROWS or not _is_hopper(hidden_NHWK):
+        return triton_ops.contract(hidden_NHWK, scale_NK, weight_CK, bias_C, residual_NHWC)
+    columns, groups, stages = shape
+    out = torch.empty_like(residual_NHWC)
+    rows = n * height * width
+    shared_bytes = _contract_bytes(channels, columns, groups, stages)
+    defines = (
+        f"CHANNELS={channels}",
+        f"COLUMNS={columns}",
+        f"GROUPS={groups}",
+        f"STAGES={stages}",
+    )
+    _launch(
+        _hopper_kernel("contract", defines, shared_bytes, _device_index(hidden_NHWK)),
+        (channels // columns * -(-rows // (groups * _ROWS)),),
+        _GROUP * groups,
+        (
+            _pointer(hidden_NHWK),
+            _pointer(scale_NK),
+            _pointer(weight_CK),
+            _pointer(bias_C),
+            _pointer(residual_NHWC),
+            _pointer(out),
+            np.int64(rows),
+            np.int32(height * width),
+        ),
+        hidden_NHWK,
+        shared_bytes,
+    )
+    return out
+
+
+# --- node ---
+
+_NODE_FEATURES = 256
+_NODE_GROUPS = 3
+_NODE_BYTES = (
+    2 * _NODE_FEATURES * (_NODE_FEATURES + _NODE_GROUPS * _ROWS) + 8 * _NODE_FEATURES + _ALIGNMENT
+)  # all that a block can have
+
+
+@ops.node.register_kernel("cuda")
+def _node(
+    same_NHWC: Tensor,
+    middle_NHWC: Tensor | None,
+    other_NHWC: Tensor,
+    fusion: list[float],
+    weight_CC: Tensor,
+    scale_C: Tensor,
+    shift_C: Tensor,
+) -> Tensor:
+    n, height, width, features = same_NHWC.shape
+    if features != _NODE_FEATURES or not _is_hopper(same_NHWC):
+        return triton_ops.node(
+            same_NHWC, middle_NHWC, other_NHWC, fusion, weight_CC, scale_C, shift_C
+        )
+    _, other_height, other_width, _ = other_NHWC.shape
+    out = torch.empty_like(same_NHWC)
+    device = _device_index(same_NHWC)
+    defines = (f"HAS_MIDDLE={int(middle_NHWC is not None)}", f"EPS={LAYER_NORM_EPS}f")
+    _launch(
+        _hopper_kernel("node", defines, _NODE_BYTES, device),
+        (torch.cuda.get_device_properties(device).multi_processor_count,),
+        _GROUP * _NODE_GROUPS,
+        (
+            _pointer(same_NHWC),
+            _pointer(middle_NHWC),
+            _pointer(other_NHWC),
+            _pointer(weight_CC),
+            _pointer(scale_C),
+            _pointer(shift_C),
+            _pointer(out),
+            *(np.float32(factor) for factor in fusion),
+            np.int32(n),
+            np.int32(height),
+            np.int32(width),
+            np.int32(other_height),
+            np.int32(other_width),
+            np.uint32(-(-(2**32) // width)),
+        ),
+        same_NHWC,
+        _NODE_BYTES,
+    )
+    return out
