@@ -25,12 +25,14 @@ from peaknet_predict.queues.cluster import current_address
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 5
+_LOOK_S = 1.0  # between looks for rank 0 while the queue is full
 
 
 class CxiOutput(L.Callback):
     """Run the consumer of the `QueueWriter`'s queue in another process of the cluster.
 
-    If that process is killed it is started again, and goes on where the files end.
+    If that process is killed it is started again, and goes on where the files end. It belongs to
+    rank 0; if that is lost, a rank that finds the queue full starts another.
 
     List it behind the `QueueWriter`: the files are complete when that one has marked the end.
 
@@ -66,6 +68,7 @@ class CxiOutput(L.Callback):
         self._writer: QueueWriter | None = None
         self._consumer: ClusterTask | None = None
         self._restarts = 0
+        self._look_again_at = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the consumer, once per run."""
@@ -73,6 +76,7 @@ class CxiOutput(L.Callback):
         if self._writer is None:
             raise ValueError("CxiOutput writes what a QueueWriter sends; add one to the callbacks")
         if not trainer.is_global_zero:
+            self._writer.check_consumer = self._replace_rank_zero
             return
         self._writer.check_consumer = self._check
         self._consumer = self._start(self._writer)
@@ -100,6 +104,16 @@ class CxiOutput(L.Callback):
             self._result()
             if self._consumer.done():
                 raise RuntimeError("the CXI consumer ended before the run did")
+
+    def _replace_rank_zero(self) -> None:
+        """Start a consumer of this rank if rank 0, whose consumer writes the files, is lost."""
+        assert self._writer is not None
+        if self._consumer is None and time.monotonic() > self._look_again_at:
+            self._look_again_at = time.monotonic() + _LOOK_S
+            if self._writer.rank_zero_is_lost():
+                log.error("rank 0, which wrote the CXI files, is lost: this rank writes them")
+                self._consumer = self._start(self._writer)
+        self._check()
 
     def _result(self, wait: bool = False) -> ConsumeReport | None:
         """Return the consumer's report; start it again if its process has died."""
@@ -150,11 +164,10 @@ class CxiOutput(L.Callback):
     def _take_over(self, writer: QueueWriter) -> None:
         """See that all results come into files although rank 0, whose consumer writes, is gone."""
         queue = connect_queue(writer.queue_address, "results")
-        consumer: ClusterTask | None = None
         while isinstance(queue, NativeQueue):
             now = queue.statistics()
             if now.ended and not now.ready and not now.leased:
                 return
-            if consumer is None or consumer.done():
-                consumer = self._start(writer)
+            if self._consumer is None or self._consumer.done():
+                self._consumer = self._start(writer)
             time.sleep(0.5)

@@ -436,10 +436,23 @@ class QueueWriter(BasePredictionWriter):
             self._queue.close(self._producer, failure or elsewhere, self.num_consumers)
         return elsewhere
 
+    @property
+    def _rank_zero(self) -> str:
+        return f"{self._producer.rpartition(':')[0]}:rank0"
+
+    def rank_zero_is_lost(self) -> bool:
+        """Whether rank 0 has died or fallen silent while this rank, another, is at work."""
+        if self._roster is None:
+            return False
+        try:
+            return "silent" in self._roster.statistics().failures.get(self._rank_zero, "")
+        except QueueError:
+            return True  # the roster is rank 0's, which leaves last
+
     def _look_at_rank_zero(self, trainer: L.Trainer) -> str | None:
         """Say whether rank 0 is gone: what it was to do at the end is then another's."""
         assert self._roster is not None
-        rank_zero = f"{self._producer.rpartition(':')[0]}:rank0"
+        rank_zero = self._rank_zero
         deadline = time.monotonic() + 2 * self.queue_address.lease_s
         try:
             while time.monotonic() < deadline:

@@ -186,7 +186,7 @@ class PeakNet(nn.Module):
 
     def _summed_features(self, images_N1HW: Tensor) -> Tensor:
         """Return what the classifier sees: the pyramid's levels, enlarged and added."""
-        self._check_shape(images_N1HW)
+        self.check_images(images_N1HW)
         features = self.backbone(images_N1HW)
         pyramid = self.bifpn(
             [adapt(x) for adapt, x in zip(self.backbone_to_bifpn, features, strict=True)]
@@ -198,7 +198,8 @@ class PeakNet(nn.Module):
             summed_NCHW = summed_NCHW + lateral_NCHW
         return summed_NCHW
 
-    def _check_shape(self, images_N1HW: Tensor) -> None:
+    def check_images(self, images_N1HW: Tensor) -> None:
+        """Raise a ValueError, which names the remedy, for images that PeakNet cannot take."""
         if images_N1HW.ndim != 4 or images_N1HW.shape[1] != 1:
             raise ValueError(
                 f"PeakNet takes panels of shape (N, 1, H, W), not {tuple(images_N1HW.shape)}: "

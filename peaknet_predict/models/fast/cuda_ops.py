@@ -1,8 +1,8 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
-`depthwise.cu` runs on any GPU with bfloat16. `expand.cu` and `node.cu` use the matrix units of
-Hopper (compute capability 9.0) and take some sizes only; for all else the kernels of `triton_ops`
-do the same.
+`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `contract.cu` and `node.cu` use the
+matrix units of Hopper (compute capability 9.0) and take some sizes only; for all else the kernels
+of `triton_ops` do the same.
 """
 
 from __future__ import annotations
@@ -87,12 +87,21 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
     program = nvrtc.createProgram(code, "peaknet.cu", [], [])
     try:
         nvrtc.compileProgram(program, options)
+        cubin = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: another process may look for it at this moment.
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(nvrtc.getCUBIN(program))
+        try:
+            file.write(cubin)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(file.name)
+            raise
     return Path(file.name).replace(path)
 
 
@@ -127,6 +136,12 @@ def _depthwise_bytes(columns: int) -> int:
 def _depthwise(
     x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor
 ) -> tuple[Tensor, Tensor]:
+    # Every block of the network begins here, and the kernels take nothing else.
+    if x_NHWC.dtype != torch.bfloat16 or not x_NHWC.is_contiguous():
+        raise TypeError(
+            f"the fast PeakNet's kernels take contiguous bfloat16 features, not {x_NHWC.dtype}: "
+            "make it with FastPeakNet(net), without another dtype"
+        )
     n, height, width, channels = x_NHWC.shape
     groups = -(-channels // _DEPTHWISE_CHANNELS)
     pixels = n * height * width
@@ -300,7 +315,8 @@ def _node(
     shift_C: Tensor,
 ) -> Tensor:
     n, height, width, features = same_NHWC.shape
-    if features != _NODE_FEATURES or not _is_hopper(same_NHWC):
+    # The kernel divides by the width through a reciprocal, which 1 has none of.
+    if features != _NODE_FEATURES or width == 1 or not _is_hopper(same_NHWC):
         return triton_ops.node(
             same_NHWC, middle_NHWC, other_NHWC, fusion, weight_CC, scale_C, shift_C
         )

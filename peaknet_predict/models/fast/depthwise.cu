@@ -36,15 +36,15 @@ __device__ __forceinline__ u32 to_bfloat16(float low, float high) {
   return pair;
 }
 
-// Values beyond what float16 can hold become the largest that it can.
+// Values beyond what float16 can hold become the largest that it can; NaN stays.
 __device__ __forceinline__ u32 to_float16(u32 bfloat16_pair) {
   constexpr u32 kMost = 0x7bff7bffu, kLeast = 0xfbfffbffu;
   u32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;"
       : "=r"(pair)
       : "f"(high(bfloat16_pair)), "f"(low(bfloat16_pair)));
-  asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kMost));
-  asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kLeast));
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kMost));
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kLeast));
   return pair;
 }
 
@@ -79,8 +79,8 @@ __device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
   if constexpr (kStep > 1) sum_over_lanes<kStep>(value);
 }
 
-// x, out: (N, H, W, C) bfloat16; weight: (49, C) float16; scale, bias: (C) float32; sums: (C / 32, 2,
-// N * H * W) float32. Grid: tiles times groups of channels; panels.
+// x, out: (N, H, W, C) bfloat16; weight: (49, C) float16; scale, bias: (C) float32; sums: (C / 32
+// rounded up, 2, N * H * W) float32. Grid: tiles times groups of channels; panels.
 template <int kTileColumns>
 __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* __restrict__ weight,
                                          const float* __restrict__ scale,

@@ -3,8 +3,8 @@
 //
 // A block keeps kColumns rows of the weights in shared memory and passes over a strip of a panel.
 // Each group of four warps takes every kGroups-th tile of 64 pixels by itself: while one group
-// multiplies, others apply GELU, so that tensor cores and arithmetic units work side by side. The
-// next tile is copied while GELU is applied to this one.
+// multiplies, others apply GELU (of the same block or of another on the multiprocessor), so that tensor
+// cores and arithmetic units work side by side. The next tile is copied while GELU is applied.
 //
 // Whoever compiles this defines CHANNELS, a multiple of 32; GROUPS of warps in a block; BLOCKS that a
 // multiprocessor holds at once; EVEN, whether all tiles are whole.

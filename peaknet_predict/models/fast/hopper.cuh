@@ -111,8 +111,8 @@ __device__ __forceinline__ void hold(float (&sum)[kSums]) {
 }
 
 // Lets the tensor cores see what this thread has stored to shared memory; a barrier must follow. It
-// waits for stores to global memory too. Copies need none: wgmma.fence orders them, as it does in the
-// code that Triton makes.
+// waits for stores to global memory too. Copies need none in practice, though the letter of the PTX ISA
+// asks for it: Triton's code has none either, and runs compare equal.
 __device__ __forceinline__ void publish_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -270,6 +270,7 @@ class FastPeakNet(nn.Module):
         if reason is not None:
             raise ValueError(f"this PeakNet has no fast form: {reason}")
         self.check_shape = net.check_shape
+        self._check_images = net.check_images
         self.coarse_stride = net.coarse_stride
         backbone = net.backbone
         with torch.no_grad():
@@ -321,7 +322,13 @@ class FastPeakNet(nn.Module):
         -------
         Tensor
             (N, 2, H/4, W/4) float32 logits, as `PeakNet.coarse_logits` returns them.
+
+        Raises
+        ------
+        ValueError
+            If the input has another shape.
         """
+        self._check_images(images_N1HW)
         x_NHWC = self.stem(images_N1HW)
         features: list[Tensor] = []
         # One normalisation serves the pyramid and the next stage; their affine parts differ.

@@ -2,8 +2,8 @@
 // multiply, normalise over the features, GELU, and add the first input, in one pass over memory.
 //
 // A block keeps the weights in shared memory and stays until all tiles are done. Each of its
-// groups of four warps takes tiles of 64 pixels by itself: while one multiplies, the other fuses or
-// normalises.
+// groups of four warps takes tiles of 64 pixels by itself: while one multiplies, others fuse or
+// normalise.
 //
 // Whoever compiles this defines HAS_MIDDLE, whether there is a third input, and EPS, the
 // normalisation's.

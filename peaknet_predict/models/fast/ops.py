@@ -120,7 +120,10 @@ def _(energy_NTK: Tensor, weight_K: Tensor) -> Tensor:
 def contract(
     hidden_NHWK: Tensor, scale_NK: Tensor, weight_CK: Tensor, bias_C: Tensor, residual_NHWC: Tensor
 ) -> Tensor:
-    """Scale the channels, multiply and add: the second layer of the perceptron, (N, H, W, C)."""
+    """Scale the channels, multiply and add: the second layer of the perceptron, (N, H, W, C).
+
+    A kernel may round the product to the features' dtype before it adds.
+    """
     scaled_NHWK = (hidden_NHWK.float() * scale_NK[:, None, None, :]).to(hidden_NHWK.dtype)
     product_NHWC = scaled_NHWK.float() @ weight_CK.float().t()
     return (product_NHWC + bias_C + residual_NHWC.float()).to(residual_NHWC.dtype)
@@ -173,7 +176,8 @@ def node(
     """Compute one node of the BiFPN: fuse two or three features, transform, add the first again.
 
     ``other_NHWC`` has half or twice as many rows and columns and is resized; ``fusion`` has a
-    factor for each of the three.
+    factor for each of the three. A kernel may round what is transformed to the features' dtype
+    before it adds.
     """
     fused_NHWC = fusion[0] * same_NHWC.float()
     if middle_NHWC is not None:

@@ -6,7 +6,9 @@ them out at start would take longer than it gains.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import triton
@@ -15,7 +17,21 @@ from torch import Tensor
 from peaknet_predict.models.fast import ops
 from peaknet_predict.models.fast import triton_kernels as kernels
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _SUMS_TILE = 512
+
+
+def _on_its_device(operator: Callable[P, R]) -> Callable[P, R]:
+    """Make the device of an operator's first tensor current: Triton launches on that one."""
+
+    @functools.wraps(operator)
+    def launched(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(cast(Tensor, args[0]).device):
+            return operator(*args, **kwargs)
+
+    return launched
 
 
 def _power(size: int) -> int:
@@ -23,6 +39,7 @@ def _power(size: int) -> int:
 
 
 @ops.stem.register_kernel("cuda")
+@_on_its_device
 def _stem(
     images_N1HW: Tensor, weight_C16: Tensor, bias_C: Tensor, scale_C: Tensor, shift_C: Tensor
 ) -> Tensor:
@@ -47,6 +64,7 @@ def _stem(
     return out
 
 
+@_on_its_device
 def expand(
     x_NHWC: Tensor, moments_M2: Tensor, weight_KC: Tensor, column_sums_K: Tensor, bias_K: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -84,6 +102,7 @@ def expand_config(channels: int) -> dict[str, Any]:
 
 
 @ops.response.register_kernel("cuda")
+@_on_its_device
 def _response(energy_NTK: Tensor, weight_K: Tensor) -> Tensor:
     n, tiles, size = energy_NTK.shape
     scale = energy_NTK.new_empty(n, size)
@@ -101,6 +120,7 @@ def _response(energy_NTK: Tensor, weight_K: Tensor) -> Tensor:
     return scale
 
 
+@_on_its_device
 def contract(
     hidden_NHWK: Tensor, scale_NK: Tensor, weight_CK: Tensor, bias_C: Tensor, residual_NHWC: Tensor
 ) -> Tensor:
@@ -145,6 +165,7 @@ def contract_config(channels: int) -> dict[str, Any]:
 
 
 @ops.standardise.register_kernel("cuda")
+@_on_its_device
 def _standardise(x_NHWC: Tensor) -> Tensor:
     out = torch.empty_like(x_NHWC)
     _launch_standardise(x_NHWC, out, None)
@@ -152,6 +173,7 @@ def _standardise(x_NHWC: Tensor) -> Tensor:
 
 
 @ops.standardise_patches.register_kernel("cuda")
+@_on_its_device
 def _standardise_patches(x_NHWC: Tensor) -> tuple[Tensor, Tensor]:
     n, height, width, channels = x_NHWC.shape
     out = torch.empty_like(x_NHWC)
@@ -179,6 +201,7 @@ def _launch_standardise(x_NHWC: Tensor, out_NHWC: Tensor, patches: Tensor | None
     )
 
 
+@_on_its_device
 def node(
     same_NHWC: Tensor,
     middle_NHWC: Tensor | None,
@@ -227,6 +250,7 @@ def node_config(channels: int) -> dict[str, Any]:
 
 
 @ops.group_norm.register_kernel("cuda")
+@_on_its_device
 def _group_norm(
     x_NHWC: Tensor, added_C: Tensor, num_groups: int, weight_C: Tensor, bias_C: Tensor, eps: float
 ) -> Tensor:
@@ -264,6 +288,7 @@ def _group_norm(
 
 
 @ops.activate_upsampled.register_kernel("cuda")
+@_on_its_device
 def _activate_upsampled(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
     n, height, width, channels = x_NHWC.shape
     power = _power(channels)
@@ -280,6 +305,7 @@ def _activate_upsampled(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
 
 
 @ops.classify.register_kernel("cuda")
+@_on_its_device
 def _classify(x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor) -> Tensor:
     n, height, width, channels = x_NHWC.shape
     power = _power(channels)
