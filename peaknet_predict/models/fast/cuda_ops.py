@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ _ALIGNMENT = 1024
 
 
 def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    """Return a source with the files that it includes, for the compiler looks for none."""
+    code = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return re.sub(r'#include "(\w+\.cuh)"', lambda included: _read(included[1]), code)
 
 
 def _pointer(tensor: Tensor | None) -> np.uint64:
@@ -68,7 +71,7 @@ def _hopper_kernel(
     CuPy compiles for compute capability 9.0 without the instructions that only 9.0 has
     (``sm_90a``), so the compiler is called here.
     """
-    code = _read(f"{name}.cu").replace('#include "hopper.cuh"', _read("hopper.cuh"))
+    code = _read(f"{name}.cu")
     options = ("-std=c++17", "-arch=sm_90a", *(f"-D{define}" for define in defines))
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(path=str(_compiled(code, options)))

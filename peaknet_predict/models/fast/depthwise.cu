@@ -10,9 +10,7 @@
 //
 // CHANNELS, a multiple of 8, is defined by whoever compiles this: most addresses are then constants.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
+#include "bfloat16.cuh"
 
 constexpr int kTaps = 7, kBorder = 3;
 constexpr int kFlushAfter = 3;                // the tap whose row ends the first sum in float16
@@ -25,16 +23,6 @@ constexpr int kPatches = kThreads / kPairs;   // computed at a time by the block
 constexpr int kTileRows = 16;
 constexpr int kAllChannels = CHANNELS;
 constexpr int kChannelGroups = (kAllChannels + kChannels - 1) / kChannels;
-
-// Two bfloat16 or float16 in a register are a pair.
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ u32 to_bfloat16(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 
 // Values beyond what float16 can hold become the largest that it can; NaN stays.
 __device__ __forceinline__ u32 to_float16(u32 bfloat16_pair) {
@@ -199,7 +187,7 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
         total[o * kPatch + q] = v.x + v.y;
         total[kPatch * kPatch + o * kPatch + q] = v.x * v.x + v.y * v.y;
         if ((is_whole || (y + o < height && left + q < width)) && is_channel) {
-          *(u32*)(to + q * kAllChannels) = to_bfloat16(v.x, v.y);
+          *(u32*)(to + q * kAllChannels) = to_pair(v.x, v.y);
         }
       }
     }
