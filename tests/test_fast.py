@@ -341,6 +341,29 @@ def test_node(factor: float, has_middle: bool) -> None:
     torch.testing.assert_close(found, F.gelu(normed) + same_NHWC)
 
 
+def test_base_node_is_an_adapter_and_a_node() -> None:
+    x_NHWC, above_NHWC = random(2, 6, 10, 8), random(2, 3, 5, 16)
+    adapter_FC, bias_F, weight_FF = random(16, 8), random(16), random(16, 16)
+    scale_F, shift_F = random(16), random(16)
+    same_NHWC = F.linear(x_NHWC, adapter_FC, bias_F)
+    fusion = [0.6, 0.0, 0.4]
+    expected = ops.node(same_NHWC, None, above_NHWC, fusion, weight_FF, scale_F, shift_F)
+
+    inner_FC, inner_F = 0.6 * weight_FF @ adapter_FC, 0.6 * weight_FF @ bias_F
+    coarse_NHWF = F.linear(above_NHWC, 0.4 * weight_FF, inner_F)
+    for mean in (0, 1):  # the normalisation takes it away
+        found = ops.base_node(
+            x_NHWC,
+            coarse_NHWF - mean * coarse_NHWF.mean(-1, keepdim=True),
+            inner_FC - mean * inner_FC.mean(0),
+            adapter_FC,
+            scale_F,
+            shift_F,
+            bias_F,
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_group_norm_and_what_follows_it(groups: int) -> None:
     x_NHWC, added_C, weight_C, bias_C = random(2, 5, 7, 8), random(8), random(8), random(8)
@@ -385,6 +408,18 @@ def calls_of_operators(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
             ops.node,
             (x, x, features(2, 3, 5, 8), [0.5, 0.2, 0.3], features(8, 8), random(8), random(8)),
         ),
+        (
+            ops.base_node,
+            (
+                x,
+                features(2, 3, 5, 16),
+                features(16, 8),
+                features(16, 8),
+                random(16),
+                random(16),
+                random(16),
+            ),
+        ),
         (ops.group_norm, (x, random(8), 4, random(8), random(8), 1e-5)),
         (ops.activate_upsampled, (x, affine)),
         (ops.classify, (x, affine, random(2, 8))),
@@ -392,7 +427,7 @@ def calls_of_operators(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_operators_tell_a_compiler_the_truth(index: int, dtype: torch.dtype) -> None:
     """Shape, dtype, strides and device as announced; inputs neither changed nor returned."""
     operator, arguments = calls_of_operators(dtype)[index]

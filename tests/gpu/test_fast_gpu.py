@@ -177,6 +177,24 @@ def test_node(
     )
 
 
+@pytest.mark.parametrize("panels", [1, 7])
+@pytest.mark.parametrize(("height", "width"), [(14, 18), (8, 16), (2, 2), (88, 96), (88, 88)])
+@pytest.mark.parametrize(("channels", "size"), [(96, 256), (64, 256), (40, 64), (128, 256)])
+def test_base_node(channels: int, size: int, height: int, width: int, panels: int) -> None:
+    inner_FC = matrix(size, channels).float()
+    coarse_NHWF = vector(panels, height // 2, width // 2, size)
+    compare(
+        ops.base_node,
+        features(panels, height, width, channels),
+        (coarse_NHWF - coarse_NHWF.mean(-1, keepdim=True)).bfloat16(),
+        (inner_FC - inner_FC.mean(0)).bfloat16(),
+        matrix(size, channels),
+        vector(size),
+        vector(size),
+        vector(size),
+    )
+
+
 @pytest.mark.parametrize("panels", PANELS)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (64, 8), (256, 32), (256, 1)])

@@ -1,8 +1,8 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
-`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `contract.cu` and `node.cu` use the
-matrix units of Hopper (compute capability 9.0) and take some sizes only; for all else the kernels
-of `triton_ops` do the same.
+`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `contract.cu`, `node.cu` and
+`base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some sizes only; for
+all else the kernels of `triton_ops` do the same.
 """
 
 from __future__ import annotations
@@ -349,5 +349,66 @@ def _node(
         ),
         same_NHWC,
         _NODE_BYTES,
+    )
+    return out
+
+
+# --- base node ---
+
+_BASE_NODE_MOST_CHANNELS = 96  # whose two matrices fit into shared memory beside the tiles
+_BASE_NODE_PIXELS = 16  # of a row, which a warp takes together
+
+
+def _base_node_bytes(channels: int) -> int:
+    weights, tiles = 2 * 2 * _NODE_FEATURES * channels, 2 * _NODE_GROUPS * 2 * _ROWS * channels
+    staging, terms = _NODE_GROUPS * _ROWS * _NODE_FEATURES, 12 * _NODE_FEATURES
+    return weights + tiles + staging + terms + _ALIGNMENT
+
+
+@ops.base_node.register_kernel("cuda")
+def _base_node(
+    x_NHWC: Tensor,
+    coarse_NHWF: Tensor,
+    inner_FC: Tensor,
+    outer_FC: Tensor,
+    scale_F: Tensor,
+    shift_F: Tensor,
+    added_F: Tensor,
+) -> Tensor:
+    n, height, width, channels = x_NHWC.shape
+    if (
+        len(scale_F) != _NODE_FEATURES
+        or channels % 32
+        or channels > _BASE_NODE_MOST_CHANNELS
+        or width % _BASE_NODE_PIXELS
+        or height * width % _ROWS
+        or not _is_hopper(x_NHWC)
+    ):
+        return triton_ops.base_node(
+            x_NHWC, coarse_NHWF, inner_FC, outer_FC, scale_F, shift_F, added_F
+        )
+    out = coarse_NHWF.new_empty(n, height, width, _NODE_FEATURES)
+    device = _device_index(x_NHWC)
+    defines = (f"CHANNELS={channels}", f"EPS={LAYER_NORM_EPS}f")
+    shared_bytes = _base_node_bytes(channels)
+    _launch(
+        _hopper_kernel("base_node", defines, shared_bytes, device),
+        (torch.cuda.get_device_properties(device).multi_processor_count,),
+        _GROUP * _NODE_GROUPS,
+        (
+            _pointer(x_NHWC),
+            _pointer(coarse_NHWF),
+            _pointer(inner_FC),
+            _pointer(outer_FC),
+            _pointer(scale_F),
+            _pointer(shift_F),
+            _pointer(added_F),
+            _pointer(out),
+            np.int32(n),
+            np.int32(height),
+            np.int32(width),
+        ),
+        x_NHWC,
+        shared_bytes,
     )
     return out

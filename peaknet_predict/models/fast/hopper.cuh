@@ -189,8 +189,9 @@ __device__ __forceinline__ void load_left(u32 (&a)[4], u32 slice, int row, int u
                : "r"(address));
 }
 
-// The product of 64 rows `a` with kColumns rows `b`, both of kInner values; waits for it.
-template <int kSlice, int kInner, int kColumns, int kSums>
+// The product of 64 rows `a` with kColumns rows `b`, both of kInner values, or what it adds to the sums if
+// kAdds; waits for it.
+template <int kSlice, int kInner, int kColumns, bool kAdds = false, int kSums>
 __device__ __forceinline__ void multiply_tile(float (&sum)[kSums], u32 a_address, u32 b_address) {
   static_assert(kSums == kColumns / 2, "sums of a thread");
   using S = Slices<kSlice>;
@@ -200,7 +201,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kSums], u32 a_address
   for (int k = 0; k < kInner / 16; ++k) {
     const int slice = k / (kSlice / 16), step = k % (kSlice / 16) * 32;
     multiply(sum, a + (slice * 64 * S::kPitch + step) / 16,
-             b + (slice * kColumns * S::kPitch + step) / 16, k == 0);
+             b + (slice * kColumns * S::kPitch + step) / 16, !kAdds && k == 0);
   }
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   wait_for_products<0>();

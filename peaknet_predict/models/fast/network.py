@@ -109,15 +109,17 @@ class _Block(_Weights):
         return out
 
 
-class _Linear(_Weights):
-    """The affine part of a norm and a 1x1 convolution."""
+def _adapter(norm: ChannelNorm, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the affine part of a norm and a 1x1 convolution."""
+    return _behind_norm(norm, conv.weight.flatten(1), _bias(conv))
 
+
+class _Linear(_Weights):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, norm: ChannelNorm, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        weight, bias = _behind_norm(norm, conv.weight.flatten(1), _bias(conv))
         self._matrix("weight", weight, dtype)
         self._matrix("bias", bias, dtype)
 
@@ -143,9 +145,20 @@ class _Downsampling(_Weights):
 
 
 class _PyramidBlock(_Weights):
-    """A block of the BiFPN: a node for each level on the way down and on the way up."""
+    """A block of the BiFPN: a node for each level on the way down and on the way up.
 
-    def __init__(self, block: BiFPNBlock, num_levels: int, dtype: torch.dtype) -> None:
+    ``base_adapter`` is weight (F, C) and bias (F) of the finest level's adapter, if the first of
+    the block's inputs are the backbone's features: no other node of the block reads that level, so
+    that its node does the adapter's work.
+    """
+
+    def __init__(
+        self,
+        block: BiFPNBlock,
+        num_levels: int,
+        dtype: torch.dtype,
+        base_adapter: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.top = num_levels - 1
         w_m, w_q = block.fusion_weights()
@@ -155,12 +168,42 @@ class _PyramidBlock(_Weights):
         for level in range(self.top):
             self._add(f"down{level}", block, f"m{block.base_level + level}", dtype)
             self._add(f"up{level + 1}", block, f"q{block.base_level + level + 1}", dtype)
+        self.has_adapter = base_adapter is not None
+        if base_adapter is not None:
+            self._add_base(block, base_adapter, dtype)
+
+    def _add_base(
+        self, block: BiFPNBlock, adapter: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> None:
+        weight_FF = _transform(block, f"m{block.base_level}")
+        adapter_FC, bias_F = adapter
+        same, other = self.down_fusion[0]
+        # Resizing and product commute, so that the level above is multiplied where it is small. The
+        # normalisation takes the mean over the features away: it is left out at once.
+        self._matrix("base_inner", same * _centred(weight_FF @ adapter_FC), dtype)
+        self._matrix("base_coarse", other * _centred(weight_FF), dtype)
+        self._matrix("base_bias", same * _centred(weight_FF @ bias_F), dtype)
+        self._matrix("base_outer", adapter_FC, dtype)
+        self._vector("base_added", bias_F)
+
+    def _base_node(self, x_NHWC: Tensor, above_NHWC: Tensor) -> Tensor:
+        coarse_NHWC = F.linear(
+            above_NHWC, self.get_buffer("base_coarse"), self.get_buffer("base_bias")
+        )
+        out: Tensor = ops.base_node(
+            x_NHWC,
+            coarse_NHWC,
+            self.get_buffer("base_inner"),
+            self.get_buffer("base_outer"),
+            self.get_buffer("down0_norm_weight"),
+            self.get_buffer("down0_norm_bias"),
+            self.get_buffer("base_added"),
+        )
+        return out
 
     def _add(self, name: str, block: BiFPNBlock, source: str, dtype: torch.dtype) -> None:
-        layers = cast(nn.Sequential, block.conv[source])
-        conv, norm = cast(SeparableConv, layers[0]), cast(ChannelNorm, layers[1])
-        scale_C = conv.depthwise_conv.weight.flatten()
-        self._matrix(f"{name}_weight", conv.pointwise_conv.weight.flatten(1) * scale_C, dtype)
+        norm = cast(ChannelNorm, cast(nn.Sequential, block.conv[source])[1])
+        self._matrix(f"{name}_weight", _transform(block, source), dtype)
         self._vector(f"{name}_norm_weight", norm.weight)
         self._vector(f"{name}_norm_bias", norm.bias)
 
@@ -186,6 +229,9 @@ class _PyramidBlock(_Weights):
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         middle = {self.top: pyramid[self.top]}
         for level in reversed(range(self.top)):
+            if level == 0 and self.has_adapter:
+                middle[0] = self._base_node(pyramid[0], middle[1])
+                continue
             same, other = self.down_fusion[level]
             fusion = [same, 0.0, other]
             middle[level] = self._node(
@@ -292,14 +338,20 @@ class FastPeakNet(nn.Module):
                 for stage in stages[1:]
             )
             norms, convs = backbone.hidden_states_norms.values(), net.backbone_to_bifpn
-            self.adapters = nn.ModuleList(
-                _Linear(cast(ChannelNorm, norm), cast(nn.Conv2d, conv), dtype)
+            base_adapter, *adapters = (
+                _adapter(cast(ChannelNorm, norm), cast(nn.Conv2d, conv))
                 for norm, conv in zip(norms, convs, strict=True)
             )
+            self.adapters = nn.ModuleList(_Linear(*adapter, dtype) for adapter in adapters)
             self.pyramid = nn.Sequential(
                 *(
-                    _PyramidBlock(cast(BiFPNBlock, block), len(stages), dtype)
-                    for block in net.bifpn.blocks
+                    _PyramidBlock(
+                        cast(BiFPNBlock, block),
+                        len(stages),
+                        dtype,
+                        base_adapter if i == 0 else None,
+                    )
+                    for i, block in enumerate(net.bifpn.blocks)
                 )
             )
             classifier = net.head_segmask
@@ -337,7 +389,9 @@ class FastPeakNet(nn.Module):
             features.append(feature_NHWC)
             x_NHWC = downsample(patches)
         features.append(ops.standardise(self.stages[-1](x_NHWC)))
-        pyramid = self.pyramid([adapt(x) for adapt, x in zip(self.adapters, features, strict=True)])
+        # The finest level's adapter is part of the pyramid.
+        adapted = [adapt(x) for adapt, x in zip(self.adapters, features[1:], strict=True)]
+        pyramid = self.pyramid([features[0], *adapted])
         # All levels but the finest end with the doubling that `_Lateral` leaves out.
         finest, *others = (lateral(x) for lateral, x in zip(self.laterals, pyramid, strict=True))
         coarse_NCHW = sum(others[1:], start=others[0]).permute(0, 3, 1, 2)
@@ -361,6 +415,16 @@ def unsupported(net: PeakNet) -> str | None:
     if channels & (channels - 1):
         return f"its head has {channels} channels, and the kernels take powers of two"
     return None
+
+
+def _transform(block: BiFPNBlock, name: str) -> Tensor:
+    """Return the matrix of a node, its scale per channel included."""
+    conv = cast(SeparableConv, cast(nn.Sequential, block.conv[name])[0])
+    return conv.pointwise_conv.weight.flatten(1) * conv.depthwise_conv.weight.flatten()
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(0)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

@@ -6,7 +6,8 @@ any device, and is what tests compare the GPU kernels with. On CUDA the kernels 
 `cuda_ops` take its place.
 
 Shape legend: N panels of a batch, H rows, W columns, C channels, M = N·H·W pixels; all features
-have their channels last. K hidden channels of a perceptron, T strips of `STRIP` pixels of a panel.
+have their channels last. F features of the pyramid, K hidden channels of a perceptron, T strips of
+`STRIP` pixels of a panel.
 Features and matrices have the network's dtype; vectors, sums and statistics are float32.
 """
 
@@ -201,6 +202,45 @@ def _(
     shift_C: Tensor,
 ) -> Tensor:
     return torch.empty_like(same_NHWC)
+
+
+@torch.library.custom_op("peaknet::base_node", mutates_args=())
+def base_node(
+    x_NHWC: Tensor,
+    coarse_NHWF: Tensor,
+    inner_FC: Tensor,
+    outer_FC: Tensor,
+    scale_F: Tensor,
+    shift_F: Tensor,
+    added_F: Tensor,
+) -> Tensor:
+    """Compute the BiFPN's finest node on the way down from the backbone's features: (N, H, W, F).
+
+    Two products take the place of the adapter before the node: what the node transforms is
+    x · inner + resized, and what it adds again is x · outer + added. ``coarse_NHWF``
+    (N, H/2, W/2, F) is the level above, already multiplied, and is resized. A kernel may take it
+    for granted that neither product has a mean over F (the columns of ``inner_FC`` add up to 0),
+    and round what is resized to the features' dtype.
+    """
+    resized_NFHW = resize_bilinear(coarse_NHWF.permute(0, 3, 1, 2).float(), 2.0)
+    x_NHWC = x_NHWC.float()
+    product_NHWF = x_NHWC @ inner_FC.float().t() + resized_NFHW.permute(0, 2, 3, 1)
+    normed_NHWF = F.layer_norm(product_NHWF, scale_F.shape, scale_F, shift_F, LAYER_NORM_EPS)
+    own_NHWF = x_NHWC @ outer_FC.float().t() + added_F
+    return (F.gelu(normed_NHWF) + own_NHWF).to(coarse_NHWF.dtype).contiguous()
+
+
+@base_node.register_fake
+def _(
+    x_NHWC: Tensor,
+    coarse_NHWF: Tensor,
+    inner_FC: Tensor,
+    outer_FC: Tensor,
+    scale_F: Tensor,
+    shift_F: Tensor,
+    added_F: Tensor,
+) -> Tensor:
+    return coarse_NHWF.new_empty(*x_NHWC.shape[:3], len(scale_F))
 
 
 @torch.library.custom_op("peaknet::group_norm", mutates_args=())

@@ -353,6 +353,71 @@ def node_kernel(
 
 
 @triton.jit
+def base_node_kernel(
+    x,
+    coarse,
+    inner,
+    outer,
+    scale,
+    shift,
+    added,
+    out,
+    height,
+    width,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    F_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pixels = height * width
+    tiles = tl.cdiv(pixels, ROWS)
+    panel = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    is_row = row < pixels
+    feature = tl.arange(0, F_P)
+    is_feature = feature < F
+    mask = is_row[:, None] & is_feature[None, :]
+    half_height, half_width = height // 2, width // 2
+    coarse_panel = coarse + panel * half_height * half_width * F
+    product = _load_resized(
+        coarse_panel, row // width, row % width, half_height, half_width, feature, mask, F, True
+    )
+    at = panel * pixels * C + row[:, None] * C
+    product = _add_product(product, x + at, inner, is_row, feature, is_feature, C, BLOCK_K)
+    mean = tl.sum(product, axis=1) / F
+    centred = tl.where(is_feature[None, :], product - mean[:, None], 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, axis=1) / F + 1e-6)
+    normed = centred * inverse_std[:, None]
+    normed = normed * tl.load(scale + feature, mask=is_feature, other=0.0)[None, :]
+    normed += tl.load(shift + feature, mask=is_feature, other=0.0)[None, :]
+    result = _gelu_of_double(0.5 * normed)
+    result += tl.load(added + feature, mask=is_feature, other=0.0)[None, :]
+    result = _add_product(result, x + at, outer, is_row, feature, is_feature, C, BLOCK_K)
+    to = out + panel * pixels * F + row[:, None] * F + feature[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_product(
+    total, rows, weight, is_row, feature, is_feature, C: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    for k in range(0, C, BLOCK_K):
+        channel = k + tl.arange(0, BLOCK_K)
+        is_channel = channel < C
+        left = tl.load(
+            rows + channel[None, :], mask=is_row[:, None] & is_channel[None, :], other=0.0
+        )
+        matrix = tl.load(
+            weight + feature[None, :] * C + channel[:, None],
+            mask=is_feature[None, :] & is_channel[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, matrix, total)
+    return total
+
+
+@triton.jit
 def channel_sums_kernel(
     x,
     sums,
@@ -370,15 +435,17 @@ def channel_sums_kernel(
     # Added up over the rows only at the end: that takes a barrier.
     total = tl.zeros((ROWS, C_P), dtype=tl.float32)
     squares = tl.zeros((ROWS, C_P), dtype=tl.float32)
-    for step in range(0, TILE, ROWS):
-        row = first + step + tl.arange(0, ROWS)
-        features = tl.load(
-            x + panel * pixels * C + row[:, None] * C + channel[None, :],
-            mask=(row < pixels)[:, None] & is_channel[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += features
-        squares += features * features
+    for step in range(0, TILE, 4 * ROWS):
+        # Four loads are under way at once.
+        for part in tl.static_range(4):
+            row = first + step + part * ROWS + tl.arange(0, ROWS)
+            features = tl.load(
+                x + panel * pixels * C + row[:, None] * C + channel[None, :],
+                mask=(row < pixels)[:, None] & is_channel[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            total += features
+            squares += features * features
     at = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
     tl.store(at, tl.sum(total, axis=0), mask=is_channel)
     tl.store(at + C, tl.sum(squares, axis=0), mask=is_channel)

@@ -249,6 +249,43 @@ def node_config(channels: int) -> dict[str, Any]:
     }
 
 
+@_on_its_device
+def base_node(
+    x_NHWC: Tensor,
+    coarse_NHWF: Tensor,
+    inner_FC: Tensor,
+    outer_FC: Tensor,
+    scale_F: Tensor,
+    shift_F: Tensor,
+    added_F: Tensor,
+) -> Tensor:
+    """Do `ops.base_node` for any sizes; `cuda_ops` has a faster kernel for some."""
+    n, height, width, channels = x_NHWC.shape
+    features = len(scale_F)
+    out = coarse_NHWF.new_empty(n, height, width, features)
+    rows = 64
+    kernels.base_node_kernel[(n * triton.cdiv(height * width, rows),)](
+        x_NHWC,
+        coarse_NHWF,
+        inner_FC,
+        outer_FC,
+        scale_F,
+        shift_F,
+        added_F,
+        out,
+        height,
+        width,
+        C=channels,
+        F=features,
+        F_P=max(16, _power(features)),
+        ROWS=rows,
+        BLOCK_K=32,
+        num_warps=8 if features > 128 else 4,
+        num_stages=2,
+    )
+    return out
+
+
 @ops.group_norm.register_kernel("cuda")
 @_on_its_device
 def _group_norm(
@@ -266,8 +303,8 @@ def _group_norm(
         C=channels,
         C_P=power,
         TILE=_SUMS_TILE,
-        ROWS=max(1, 4096 // power),
-        num_warps=4,
+        ROWS=min(_SUMS_TILE // 4, max(1, 2048 // power)),
+        num_warps=2,
     )
     affine = x_NHWC.new_empty(n, 2, channels, dtype=torch.float32)
     kernels.group_norm_kernel[(n,)](
