@@ -381,10 +381,16 @@ def test_group_norm_and_what_follows_it(groups: int) -> None:
     assert doubled_NHWC.is_contiguous()
     torch.testing.assert_close(to_NCHW(doubled_NHWC), expected_NCHW, rtol=1e-4, atol=1e-5)
 
-    weight_2C = random(2, 8)
-    classes_NHW2 = ops.classify(x_NHWC, affine_N2C, weight_2C)
-    expected_N2HW = F.conv2d(activated_NCHW, weight_2C[:, :, None, None])
-    torch.testing.assert_close(to_NCHW(classes_NHW2), expected_N2HW, rtol=1e-4, atol=1e-5)
+    x_NHWC, activated_NCHW = x_NHWC[:, :4, :6], activated_NCHW[:, :, :4, :6]
+    weight_2C, bias_2 = random(2, 8), random(2)
+    expected_N2HW = F.conv2d(activated_NCHW, weight_2C[:, :, None, None], bias_2)
+    same_NHW2, half_NHW2 = random(2, 4, 6, 2), random(2, 2, 3, 2)
+    enlarged_N2HW = F.interpolate(to_NCHW(half_NHW2), scale_factor=2, mode="bilinear")
+    for added, addend in ((None, 0), (same_NHW2, to_NCHW(same_NHW2)), (half_NHW2, enlarged_N2HW)):
+        found_NHW2 = ops.classify(x_NHWC, affine_N2C, weight_2C, bias_2, added)
+        torch.testing.assert_close(
+            to_NCHW(found_NHW2), expected_N2HW + addend, rtol=1e-4, atol=1e-5
+        )
 
 
 def calls_of_operators(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -422,7 +428,7 @@ def calls_of_operators(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         ),
         (ops.group_norm, (x, random(8), 4, random(8), random(8), 1e-5)),
         (ops.activate_upsampled, (x, affine)),
-        (ops.classify, (x, affine, random(2, 8))),
+        (ops.classify, (x, affine, random(2, 8), random(2), random(2, 3, 5, 2))),
     ]
 
 

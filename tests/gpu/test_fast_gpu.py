@@ -208,8 +208,12 @@ def test_group_norm_and_what_follows_it(
     affine_N2C = ops.group_norm(*arguments)
     compare(ops.activate_upsampled, x_NHWC, affine_N2C)
     # float32, but of values whose GELU is approximate.
-    weight_2C = vector(2, channels) / channels**0.5
-    compare(ops.classify, x_NHWC, affine_N2C, weight_2C, float32_error=1e-3)
+    weight_2C, bias_2 = vector(2, channels) / channels**0.5, vector(2)
+    added = [None, vector(panels, height, width, 2)]
+    if height % 2 == width % 2 == 0:
+        added.append(vector(panels, height // 2, width // 2, 2))
+    for addend in added:
+        compare(ops.classify, x_NHWC, affine_N2C, weight_2C, bias_2, addend, float32_error=1e-3)
 
 
 # --- the network ---

@@ -255,12 +255,15 @@ class _PyramidBlock(_Weights):
 
 
 class _Lateral(_Weights):
-    """The head of one level, up to the classes: (N, h, w, 2) float32 without the bias.
+    """The head of one level, up to the classes: (N, h, w, 2) float32, added to another level's.
 
-    The last doubling is left to the caller: it commutes with the classifier.
+    The last doubling is left out: it commutes with the classifier, and is done where the sum of
+    the levels that need it is added to the finest.
     """
 
-    def __init__(self, lateral: LateralLayer, weight_2C: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, lateral: LateralLayer, weight_2C: Tensor, bias_2: Tensor, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_layers = len(lateral.layers)
         for i, layers in enumerate(lateral.layers):
@@ -274,8 +277,9 @@ class _Lateral(_Weights):
             self._vector(f"norm_bias{i}", norm.bias)
             self.num_groups, self.eps = int(norm.num_groups), float(norm.eps)
         self._vector("classifier", weight_2C)
+        self._vector("classifier_bias", bias_2)
 
-    def forward(self, x_NHWC: Tensor) -> Tensor:
+    def forward(self, x_NHWC: Tensor, added_NHW2: Tensor | None) -> Tensor:
         affine_N2C = x_NHWC  # of the layer before; there is always one before it is used
         for i in range(self.num_layers):
             if i > 0:
@@ -289,8 +293,14 @@ class _Lateral(_Weights):
                 self.get_buffer(f"norm_bias{i}"),
                 self.eps,
             )
-        classes: Tensor = ops.classify(x_NHWC, affine_N2C, self.get_buffer("classifier"))
-        return classes
+        logits: Tensor = ops.classify(
+            x_NHWC,
+            affine_N2C,
+            self.get_buffer("classifier"),
+            self.get_buffer("classifier_bias"),
+            added_NHW2,
+        )
+        return logits
 
 
 class FastPeakNet(nn.Module):
@@ -355,12 +365,13 @@ class FastPeakNet(nn.Module):
                 )
             )
             classifier = net.head_segmask
+            # The bias counts once.
+            bias_2 = _bias(classifier)
+            biases = [bias_2, *(torch.zeros_like(bias_2) for _ in stages[1:])]
             self.laterals = nn.ModuleList(
-                _Lateral(cast(LateralLayer, lateral), classifier.weight.flatten(1), dtype)
-                for lateral in net.seg_lateral_layers
+                _Lateral(cast(LateralLayer, lateral), classifier.weight.flatten(1), bias, dtype)
+                for lateral, bias in zip(net.seg_lateral_layers, biases, strict=True)
             )
-            bias_2 = _bias(classifier).detach().to(torch.float32, copy=True)
-            self.register_buffer("classifier_bias", bias_2, persistent=False)
 
     def coarse_logits(self, images_N1HW: Tensor) -> Tensor:
         """Classify at a quarter of the resolution.
@@ -392,12 +403,11 @@ class FastPeakNet(nn.Module):
         # The finest level's adapter is part of the pyramid.
         adapted = [adapt(x) for adapt, x in zip(self.adapters, features[1:], strict=True)]
         pyramid = self.pyramid([features[0], *adapted])
-        # All levels but the finest end with the doubling that `_Lateral` leaves out.
-        finest, *others = (lateral(x) for lateral, x in zip(self.laterals, pyramid, strict=True))
-        coarse_NCHW = sum(others[1:], start=others[0]).permute(0, 3, 1, 2)
-        bias_C11 = self.get_buffer("classifier_bias")[:, None, None]
-        logits_NCHW: Tensor = finest.permute(0, 3, 1, 2) + bias_C11
-        return logits_NCHW + resize_bilinear(coarse_NCHW, 2.0)
+        logits_NHW2: Tensor | None = None
+        for lateral, x in zip(reversed(self.laterals), reversed(pyramid), strict=True):
+            logits_NHW2 = lateral(x, logits_NHW2)
+        assert logits_NHW2 is not None
+        return logits_NHW2.permute(0, 3, 1, 2)
 
     def forward(self, images_N1HW: Tensor) -> Tensor:
         """Classify every pixel: (N, 2, H, W) float32 logits; see `PeakNet.forward`."""

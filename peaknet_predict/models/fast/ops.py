@@ -283,13 +283,25 @@ def _(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("peaknet::classify", mutates_args=())
-def classify(x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor) -> Tensor:
-    """Apply factor and term, GELU and the classifier without its bias: (N, H, W, 2) float32."""
-    return _activate(x_NHWC, affine_N2C) @ weight_2C.t()
+def classify(
+    x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor, bias_2: Tensor, added: Tensor | None
+) -> Tensor:
+    """Apply factor and term, GELU and the classifier: (N, H, W, 2) float32.
+
+    ``added``, of the same shape or of half as many rows and columns and then enlarged, is added.
+    """
+    logits_NHW2 = _activate(x_NHWC, affine_N2C) @ weight_2C.t() + bias_2
+    if added is None:
+        return logits_NHW2
+    if added.shape[1] != x_NHWC.shape[1]:
+        added = resize_bilinear(added.permute(0, 3, 1, 2), 2.0).permute(0, 2, 3, 1)
+    return logits_NHW2 + added
 
 
 @classify.register_fake
-def _(x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor) -> Tensor:
+def _(
+    x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor, bias_2: Tensor, added: Tensor | None
+) -> Tensor:
     return x_NHWC.new_empty(*x_NHWC.shape[:3], 2, dtype=torch.float32)
 
 

@@ -532,14 +532,28 @@ def upsample_kernel(x, out, height, width, C: tl.constexpr, C_P: tl.constexpr, R
 
 @triton.jit
 def classify_kernel(
-    x, affine, weight, out, pixels, C: tl.constexpr, C_P: tl.constexpr, ROWS: tl.constexpr
+    x,
+    affine,
+    weight,
+    bias,
+    added,
+    out,
+    height,
+    width,
+    HAS_ADDED: tl.constexpr,
+    ENLARGE: tl.constexpr,
+    C: tl.constexpr,
+    C_P: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
+    pixels = height * width
     tiles = tl.cdiv(pixels, ROWS)
     panel = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    is_row = row < pixels
     channel = tl.arange(0, C_P)
     is_channel = channel < C
-    mask = (row < pixels)[:, None] & is_channel[None, :]
+    mask = is_row[:, None] & is_channel[None, :]
     at = panel * pixels * C + row[:, None] * C + channel[None, :]
     factor = tl.load(affine + panel * 2 * C + channel, mask=is_channel, other=0.0)
     term = tl.load(affine + panel * 2 * C + C + channel, mask=is_channel, other=0.0)
@@ -547,6 +561,18 @@ def classify_kernel(
     activated = _gelu_of_double(features * (0.5 * factor)[None, :] + (0.5 * term)[None, :])
     background = tl.load(weight + channel, mask=is_channel, other=0.0)
     peak = tl.load(weight + C + channel, mask=is_channel, other=0.0)
-    out_at = out + (panel * pixels + row) * 2
-    tl.store(out_at, tl.sum(activated * background[None, :], axis=1), mask=row < pixels)
-    tl.store(out_at + 1, tl.sum(activated * peak[None, :], axis=1), mask=row < pixels)
+    first = tl.sum(activated * background[None, :], axis=1) + tl.load(bias)
+    second = tl.sum(activated * peak[None, :], axis=1) + tl.load(bias + 1)
+    class_ = tl.arange(0, 2)
+    logits = tl.where((class_ == 0)[None, :], first[:, None], second[:, None])
+    mask = is_row[:, None] & (class_ < 2)[None, :]
+    if HAS_ADDED and ENLARGE:
+        half_height, half_width = height // 2, width // 2
+        added_panel = added + panel * half_height * half_width * 2
+        logits += _load_resized(
+            added_panel, row // width, row % width, half_height, half_width, class_, mask, 2, True
+        )
+    at = (panel * pixels + row)[:, None] * 2 + class_[None, :]
+    if HAS_ADDED and not ENLARGE:
+        logits += tl.load(added + at, mask=mask, other=0.0)
+    tl.store(out + at, logits, mask=mask)

@@ -343,7 +343,9 @@ def _activate_upsampled(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
 
 @ops.classify.register_kernel("cuda")
 @_on_its_device
-def _classify(x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor) -> Tensor:
+def _classify(
+    x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor, bias_2: Tensor, added: Tensor | None
+) -> Tensor:
     n, height, width, channels = x_NHWC.shape
     power = _power(channels)
     rows = max(1, 8192 // power)
@@ -352,8 +354,13 @@ def _classify(x_NHWC: Tensor, affine_N2C: Tensor, weight_2C: Tensor) -> Tensor:
         x_NHWC,
         affine_N2C,
         weight_2C,
+        bias_2,
+        out if added is None else added,
         out,
-        height * width,
+        height,
+        width,
+        HAS_ADDED=added is not None,
+        ENLARGE=added is not None and added.shape[1] != height,
         C=channels,
         C_P=power,
         ROWS=rows,
