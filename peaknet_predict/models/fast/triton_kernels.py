@@ -563,16 +563,29 @@ def classify_kernel(
     peak = tl.load(weight + C + channel, mask=is_channel, other=0.0)
     first = tl.sum(activated * background[None, :], axis=1) + tl.load(bias)
     second = tl.sum(activated * peak[None, :], axis=1) + tl.load(bias + 1)
-    class_ = tl.arange(0, 2)
-    logits = tl.where((class_ == 0)[None, :], first[:, None], second[:, None])
-    mask = is_row[:, None] & (class_ < 2)[None, :]
+    at = (panel * pixels + row) * 2
     if HAS_ADDED and ENLARGE:
         half_height, half_width = height // 2, width // 2
-        added_panel = added + panel * half_height * half_width * 2
-        logits += _load_resized(
-            added_panel, row // width, row % width, half_height, half_width, class_, mask, 2, True
-        )
-    at = (panel * pixels + row)[:, None] * 2 + class_[None, :]
+        added += panel * half_height * half_width * 2
+        y, x = row // width, row % width
+        first += _load_enlarged(added, y, x, half_height, half_width, is_row)
+        second += _load_enlarged(added + 1, y, x, half_height, half_width, is_row)
     if HAS_ADDED and not ENLARGE:
-        logits += tl.load(added + at, mask=mask, other=0.0)
-    tl.store(out + at, logits, mask=mask)
+        first += tl.load(added + at, mask=is_row, other=0.0)
+        second += tl.load(added + at + 1, mask=is_row, other=0.0)
+    tl.store(out + at, first, mask=is_row)
+    tl.store(out + at + 1, second, mask=is_row)
+
+
+@triton.jit
+def _load_enlarged(logits, y, x, height, width, mask):
+    # One of two classes, enlarged by 2 as `_load_resized` does it.
+    upper = 2 * width * (y // 2)
+    lower = 2 * width * tl.minimum(tl.maximum(y // 2 + (y % 2) * 2 - 1, 0), height - 1)
+    near = 2 * (x // 2)
+    far = 2 * tl.minimum(tl.maximum(x // 2 + (x % 2) * 2 - 1, 0), width - 1)
+    sum_near = 0.75 * tl.load(logits + upper + near, mask=mask, other=0.0)
+    sum_near += 0.25 * tl.load(logits + lower + near, mask=mask, other=0.0)
+    sum_far = 0.75 * tl.load(logits + upper + far, mask=mask, other=0.0)
+    sum_far += 0.25 * tl.load(logits + lower + far, mask=mask, other=0.0)
+    return 0.75 * sum_near + 0.25 * sum_far
