@@ -79,7 +79,7 @@ def test_kernels_are_loaded_only_where_there_is_a_gpu() -> None:
         (("data.py",), ["models", "module", "preprocess"]),
         (("models",), ["queues", "data", "module", "peaks"]),
         (("peaks",), ["queues", "models", "module"]),
-        (("preprocess.py",), ["queues", "models", "module", "data"]),
+        (("preprocess",), ["queues", "models", "module", "data", "training"]),
         (("cxi.py",), ["queues", "module", "data"]),
         (("types.py",), ["queues", "wire", "data"]),
     ],
