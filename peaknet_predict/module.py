@@ -1,14 +1,15 @@
-"""From a batch on the host to peaks: transfer, preprocessing, network, peak finding."""
+"""From a batch on the host to peaks: preprocessing, network, peak finding; and their training."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
@@ -16,69 +17,33 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from peaknet_predict.models.fast import FastForm
-from peaknet_predict.peaks import PeakTable, find_peaks
+from peaknet_predict.models.peaknet import PeakNet
+from peaknet_predict.peaks import find_peaks
+from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import Prepared, Preprocess, Transform
 from peaknet_predict.ring import Slot
-from peaknet_predict.types import EventBatch, PeakBatch, Refusal, Result
+from peaknet_predict.training.loss import IGNORED, focal_loss, peak_log_odds
+from peaknet_predict.training.metrics import (
+    OPERATING_POINT,
+    Figures,
+    Scores,
+    operating_point,
+)
+from peaknet_predict.training.optim import Progress, parameter_groups, rate_factor
+from peaknet_predict.types import EventBatch, Refusal
+
+if TYPE_CHECKING:
+    from peaknet_predict.training.shots import LabelledShots
 
 log = logging.getLogger(__name__)
 
-
-class PendingPeaks:
-    """What `PeakNetModule.predict_step` returns: work under way on the device.
-
-    Asking for the result waits for this batch alone, not for batches enqueued after it.
-    """
-
-    def __init__(self, batch: EventBatch, refused: list[Refusal]) -> None:
-        self._batch = batch
-        self._refused = refused
-        self._preprocess: Preprocess | None = None
-        self._is_done: Callable[[], bool] = lambda: True
-        self._find: Callable[[], tuple[PeakTable, list[int]]] | None = None
-        self._result: PeakBatch | None = None
-
-    def expect(
-        self,
-        preprocess: Preprocess,
-        find: Callable[[], tuple[PeakTable, list[int]]],
-        is_done: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Say where the result will come from: ``find`` returns peaks and bad pixels per event."""
-        self._preprocess, self._find, self._is_done = preprocess, find, is_done
-
-    def done(self) -> bool:
-        """Whether the device has finished this batch, so that `result` will not wait for it."""
-        return self._result is not None or self._is_done()
-
-    def result(self) -> PeakBatch:
-        """Wait for this batch and return what became of each of its events."""
-        if self._result is None:
-            self._result = PeakBatch(self._results(), self._refused)
-            self._find = None  # lets go of the device's buffers
-        return self._result
-
-    def _results(self) -> list[Result]:
-        if self._find is None or self._preprocess is None:
-            return []
-        table, bad_pixels = self._find()
-        events = self._batch.events
-        _, panels, height, width = self._batch.images_BPHW.shape
-        shape_PHW = (panels, height, width)
-        prepared_panels = self._preprocess.output_shape(shape_PHW)[0]
-        results = []
-        for event, peaks, bad in zip(
-            events, table.split(prepared_panels, len(events)), bad_pixels, strict=False
-        ):
-            original, _ = self._preprocess.to_original(peaks, shape_PHW)
-            results.append(
-                Result(event.id, event.image, original, event.photon_energy, bad, event.put_at)
-            )
-        return results
+_RARE = 0.01
+"""Share of peak pixels that a fresh network expects: otherwise the first steps would do nothing but
+learn that peaks are rare (arXiv:1708.02002, section 3.3)."""
 
 
 class PeakNetModule(L.LightningModule):
-    """A segmentation network and what surrounds it, run by `Trainer.predict`.
+    """A segmentation network and what surrounds it, run by `Trainer.predict` and `Trainer.fit`.
 
     Parameters
     ----------
@@ -104,6 +69,14 @@ class PeakNetModule(L.LightningModule):
         Let `PeakNet` run in its fast form (docs/fast.md) wherever that is possible: on a CUDA GPU,
         with precision ``bf16-mixed`` or ``bf16-true``. The log says which form runs, and why.
         Other networks, subclasses too, run as they are.
+    learning_rate, weight_decay, warmup_steps
+        Of training: AdamW's full rate, its decay of convolution and linear kernels, and the steps
+        until the rate is full. From there it falls to a hundredth by the end of the run.
+
+    Attributes
+    ----------
+    operating_point
+        What the last validation found to be the best threshold, and what it achieves; None before.
     """
 
     def __init__(
@@ -114,6 +87,9 @@ class PeakNetModule(L.LightningModule):
         num_overlap: int = 3,
         warmup_shapes: list[tuple[int, int, int, int]] | None = None,
         fast: bool = True,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 200,
     ) -> None:
         super().__init__()
         if num_overlap < 1:
@@ -123,6 +99,11 @@ class PeakNetModule(L.LightningModule):
         self.compile_net = compile
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.operating_point: Figures | None = None
+        self._scores = Scores()
         self._fast = FastForm(net, fast)
         self._takes_valid = "valid_N1HW" in inspect.signature(net.forward).parameters
         self._under_way: deque[PendingPeaks] = deque()
@@ -134,9 +115,12 @@ class PeakNetModule(L.LightningModule):
         self._network: Callable[..., Tensor] = net.forward
 
     def setup(self, stage: str) -> None:
-        """Make the network's fast form, before Lightning rounds the parameters for bf16-true."""
+        """Prepare the network: its fast form to predict, its first guess to train."""
         if stage == "predict":
+            # Before Lightning rounds the parameters for bf16-true.
             self._fast.prepare(self.trainer.strategy.root_device, str(self.trainer.precision))
+        elif stage == "fit" and isinstance(self.net, PeakNet) and self.net.weights_sha256 is None:
+            self.net.add_to_peak_logit(math.log(_RARE / (1 - _RARE)))
 
     def on_predict_start(self) -> None:
         """Choose the path for the device, compile, and warm up in the context of the loop."""
@@ -173,10 +157,12 @@ class PeakNetModule(L.LightningModule):
             self._network = torch.compile(self._network, dynamic=False)
 
     def transfer_batch_to_device(
-        self, batch: EventBatch, device: torch.device, dataloader_idx: int
-    ) -> EventBatch:
-        """Leave the batch alone: `predict_step` moves the pixels itself, without waiting."""
-        return batch
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Leave events alone: `predict_step` moves the pixels itself, without waiting."""
+        if isinstance(batch, EventBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def predict_step(
         self, batch: EventBatch, batch_idx: int, warm_up: bool = False
@@ -297,6 +283,75 @@ class PeakNetModule(L.LightningModule):
         return next(
             (p.dtype for p in self.net.parameters() if p.dtype.is_floating_point), torch.float32
         )
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW, whose rate follows the run's progress in steps or time."""
+        groups = parameter_groups(self.net, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        progress = Progress(self.trainer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(step, progress(step), self.warmup_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Choose how the network is run: at full resolution, in the GPU's favourite layout."""
+        self._fast.network = None
+        if self.device.type == "cuda":
+            self.net.to(memory_format=torch.channels_last)
+        self._prepare, self._stride, self._network = self.preprocess.forward, 1, self.net.forward
+        if self.compile_net:
+            self._prepare = torch.compile(self._prepare, dynamic=False)
+            self._network = torch.compile(self._network, dynamic=False)
+
+    def training_step(self, shots: LabelledShots, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        logits_NCHW, labels_NHW, _ = self._labelled_logits(shots)
+        loss = focal_loss(logits_NCHW, labels_NHW)
+        self.log("train/loss", loss, batch_size=len(shots.images_BPHW), prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._scores = Scores()
+
+    def validation_step(self, shots: LabelledShots, batch_idx: int) -> None:
+        """Count what is found in one batch, and note its loss."""
+        logits_NCHW, labels_NHW, prepared = self._labelled_logits(shots)
+        loss = focal_loss(logits_NCHW, labels_NHW)
+        self.log("val/loss", loss, batch_size=len(shots.images_BPHW), sync_dist=True)
+        odds_NHW = peak_log_odds(logits_NCHW)
+        self._scores.add(odds_NHW, prepared.valid_N1HW[:, 0], shots, self.preprocess)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the best operating point, and the best F1 of any."""
+        counts_TK = self._scores.counts_TK
+        if self.trainer.world_size > 1:
+            counts_TK = counts_TK.to(self.device)
+            counts_TK = self.trainer.strategy.reduce(counts_TK, reduce_op="sum").cpu()
+            self._scores.counts_TK = counts_TK
+        figures = self._scores.figures()
+        self.operating_point = operating_point(figures)
+        best = max(f.f1 for f in figures)
+        # The same on all ranks, so there is nothing to synchronise.
+        self.log("val/f1", best, prog_bar=True, rank_zero_only=False)
+        for name, value in self.operating_point.as_dict().items():
+            self.log(f"val/{'f1_at_threshold' if name == 'f1' else name}", value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the operating point with the weights it was measured with, for the export."""
+        if self.operating_point is not None:
+            checkpoint[OPERATING_POINT] = self.operating_point.as_dict()
+
+    def _labelled_logits(self, shots: LabelledShots) -> tuple[Tensor, Tensor, Prepared]:
+        """Return logits (N, C, H, W), labels (N, H, W) of the prepared panels, and the latter."""
+        logits_NCHW, prepared = self._logits(shots.images_BPHW)
+        labels_N1HW = self.preprocess.move(shots.labels_BPHW, fill=IGNORED)
+        labels_N1HW = torch.where(prepared.valid_N1HW, labels_N1HW, IGNORED)
+        return logits_NCHW, labels_N1HW[:, 0], prepared
 
 
 @contextlib.contextmanager

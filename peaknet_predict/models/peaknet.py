@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from peaknet_predict.models.bifpn import BiFPN, resize_bilinear
@@ -154,6 +155,15 @@ class PeakNet(nn.Module):
         if self.head_upsample_layer is not None:
             logits_NCHW = logits_NCHW + self.head_upsample_layer(summed_NCHW)
         return logits_NCHW
+
+    def add_to_peak_logit(self, shift: float) -> None:
+        """Shift the logits of all classes but background, at every pixel, by changing the biases.
+
+        Once only, at the bilinear enlargement: the learned one is added to it.
+        """
+        assert self.head_segmask.bias is not None
+        with torch.no_grad():
+            self.head_segmask.bias[1:] += shift
 
     @property
     def coarse_stride(self) -> int | None:
