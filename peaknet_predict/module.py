@@ -22,7 +22,8 @@ from peaknet_predict.peaks import find_peaks
 from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import Prepared, Preprocess, Transform
 from peaknet_predict.ring import Slot
-from peaknet_predict.training.loss import IGNORED, focal_loss, peak_log_odds
+from peaknet_predict.training.labels import IGNORED
+from peaknet_predict.training.loss import focal_loss, peak_log_odds
 from peaknet_predict.training.metrics import (
     OPERATING_POINT,
     Figures,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_TRAINING_PRECISIONS = ("bf16-mixed", "32-true")
 _RARE = 0.01
 """Share of peak pixels that a fresh network expects: otherwise the first steps would do nothing but
 learn that peaks are rare (arXiv:1708.02002, section 3.3)."""
@@ -119,7 +121,13 @@ class PeakNetModule(L.LightningModule):
         if stage == "predict":
             # Before Lightning rounds the parameters for bf16-true.
             self._fast.prepare(self.trainer.strategy.root_device, str(self.trainer.precision))
-        elif stage == "fit" and isinstance(self.net, PeakNet) and self.net.weights_sha256 is None:
+            return
+        if stage == "fit" and str(self.trainer.precision) not in _TRAINING_PRECISIONS:
+            raise ValueError(
+                f"precision {self.trainer.precision} rounds small steps of the weights away: train "
+                f"with trainer.precision {' or '.join(_TRAINING_PRECISIONS)}"
+            )
+        if stage == "fit" and isinstance(self.net, PeakNet) and self.net.weights_sha256 is None:
             self.net.add_to_peak_logit(math.log(_RARE / (1 - _RARE)))
 
     def on_predict_start(self) -> None:
@@ -337,9 +345,13 @@ class PeakNetModule(L.LightningModule):
         self.operating_point = operating_point(figures)
         best = max(f.f1 for f in figures)
         # The same on all ranks, so there is nothing to synchronise.
-        self.log("val/f1", best, prog_bar=True, rank_zero_only=False)
+        self.log("val/f1", best, prog_bar=True)
         for name, value in self.operating_point.as_dict().items():
             self.log(f"val/{'f1_at_threshold' if name == 'f1' else name}", value)
+        if self.trainer.is_global_zero:
+            log.info(
+                "step %d: best F1 %.3f; %s", self.trainer.global_step, best, self.operating_point
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the operating point with the weights it was measured with, for the export."""

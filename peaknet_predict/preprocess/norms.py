@@ -119,11 +119,11 @@ class LocalNorm(Transform):
         panel_mean = _median(mean.flatten(1), known.flatten(1))[:, None, None]
         sigma = variance.sqrt()
         typical = _median(sigma.flatten(1), known.flatten(1))[:, None, None]
-        # The median over blocks keeps peaks out of the estimate.
-        sharp = known & (variance > 0) & torch.isfinite(step)
-        quantum = _median(step.flatten(1), sharp.flatten(1))[:, None, None].clamp(min=0.0)
-        floor = torch.maximum(_MIN_OF_TYPICAL * typical, _MIN_PER_QUANTUM * quantum)
         rounding = _MIN_EPSILONS * torch.finfo(x_NHW.dtype).eps * panel_mean.abs()
+        # The median over blocks keeps peaks out of the estimate.
+        varied = known & (sigma > rounding) & torch.isfinite(step)
+        quantum = _median(step.flatten(1), varied.flatten(1))[:, None, None].clamp(min=0.0)
+        floor = torch.maximum(_MIN_OF_TYPICAL * typical, _MIN_PER_QUANTUM * quantum)
         floor = torch.maximum(floor, rounding)
 
         near = _neighbourhood(known)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = 255
-"""Label of pixels that take no part."""
+from peaknet_predict.training.labels import IGNORED, PEAK
 
 PEAK_WEIGHT = 0.75
 """Weight of a peak pixel; a background pixel has the rest."""
@@ -40,7 +39,7 @@ def focal_loss(logits_NCHW: Tensor, labels_NHW: Tensor) -> Tensor:
     logits_NCHW
         (N, C, H, W) floats of any precision; computed in float32.
     labels_NHW
-        (N, H, W) uint8: 0 background, 1 peak, `IGNORED` neither.
+        (N, H, W) uint8, see `peaknet_predict.training.labels`.
 
     Returns
     -------
@@ -48,7 +47,7 @@ def focal_loss(logits_NCHW: Tensor, labels_NHW: Tensor) -> Tensor:
         float32 scalar. Of a batch without peaks, the sum.
     """
     odds_NHW = peak_log_odds(logits_NCHW)
-    is_peak_NHW = labels_NHW == 1
+    is_peak_NHW = labels_NHW == PEAK
     # The log odds of what the label says; their negative is what is wrong.
     right_NHW = torch.where(is_peak_NHW, odds_NHW, -odds_NHW)
     cross_entropy_NHW = F.softplus(-right_NHW)

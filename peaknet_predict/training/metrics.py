@@ -17,7 +17,7 @@ from torch import Tensor
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.preprocess import Preprocess
-from peaknet_predict.training.loss import IGNORED
+from peaknet_predict.training.labels import IGNORED
 
 if TYPE_CHECKING:
     from peaknet_predict.training.shots import LabelledShots
@@ -73,6 +73,13 @@ class Figures:
     f1: float
     false_per_blank: float
     centroid_px: float
+
+    def __str__(self) -> str:
+        return (
+            f"at threshold {self.threshold:g} precision {self.precision:.3f}, recall of weak peaks "
+            f"{self.recall_weak:.3f}, of strong {self.recall_strong:.3f}; "
+            f"{self.false_per_blank:.3f} false a blank panel, centroids off {self.centroid_px:.2f} px"
+        )
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by name."""
