@@ -1,18 +1,18 @@
 """From expected photons to numbers in a file: counting, noise, offsets, defects, number formats.
 
-Shape legend: B events, P panels of an event, N = B*P, H rows, W columns, S steps of a track.
-Parameters of an event are (B, 1, 1, 1). "Noise" is the readout's, in photons, unless an event has
+Shape legend: B events, P panels of an event, H rows, W columns. Parameters of an event are (B, 1, 1, 1). "Noise" is the readout's, in photons, unless an event has
 none; then everything that is measured in it is measured in photons.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from peaknet_predict.training.defects import bad_blocks, bad_lines, defects, tracks
 from peaknet_predict.training.draws import Band, Domain, Draws
 from peaknet_predict.training.tiles import ASICS, Tiling
 
@@ -28,12 +28,6 @@ STEP_ADU = (0.0, 1.0, 8.0)
 
 HELD_OUT_STEPS_ADU = (4.0, 0.5, 0.01)
 """The same for held-out shots: bits dropped, two digits of keV."""
-
-_TRACKS, _TRACK_STEPS = 3, 16
-"""Cosmic rays and electrons that cross a panel, at most; and pixels of their way, at most."""
-
-_BLOCKS, _LINES = 2, 2
-"""Clusters of bad pixels, and bad rows and columns, of a panel at most."""
 
 
 @dataclass(slots=True)
@@ -82,9 +76,9 @@ class Readout:
     saturated_BPHW: Tensor
 
 
-def draw_electronics(draws: Draws, batch_size: int, domain: Domain) -> Electronics:
-    """Draw the kinds of detectors of a batch."""
-    one = (batch_size, 1, 1, 1)
+def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Electronics:
+    """Draw the kinds of detectors of a batch, whose mean background is given, (B, 1, 1, 1)."""
+    one = (len(background_B), 1, 1, 1)
     # A fifth are counters; of the rest 40 % come as they are, without dark subtraction.
     counting = draws.chance(*one, probability=0.2)
     raw = draws.chance(*one, probability=0.4) & ~counting
@@ -99,8 +93,10 @@ def draw_electronics(draws: Draws, batch_size: int, domain: Domain) -> Electroni
     photonised = draws.chance(*one, probability=0.1) & ~raw
     step = torch.where(photonised, gain, step)
     gain = torch.where(counting, 1.0, gain)
-    # A CCD's or CSPAD's well holds hundreds of photons, a Jungfrau's 10^4.
+    # A CCD's or CSPAD's well holds hundreds of photons, a Jungfrau's 10^4; nobody lets the
+    # background fill it.
     saturation = draws.log_uniform(*one, low=80.0, high=1e6)
+    saturation = saturation + 4.0 * background_B + 10.0 * noise
     return Electronics(
         gain_B=gain,
         noise_B=torch.where(counting, 0.0, noise),
@@ -132,10 +128,8 @@ def read_out(
     # What everything else is measured in.
     unit = torch.where(e.counting_B, 1.0, e.noise_B)
 
-    defect = draws.uniform(B, P, H, W)
-    size = draws.log_uniform(B, P, H, W, low=4.0, high=3000.0)
-    hot, dead, noisy, negative = _defects(draws, defect, e)
-    sigma = e.noise_B.expand(B, P, H, W)
+    hot, dead, noisy, negative, height = defects(draws, B, P, H, W)
+    sigma = torch.where(noisy, 10.0 * e.noise_B, e.noise_B)
     # Sensor borders leak; by how much depends on the detector.
     leaky = draws.chance(B, 1, 1, 1, probability=0.3) * draws.uniform(B, 1, 1, 1, high=3.0)
     sigma = sigma * (1.0 + leaky * tiling.border_BPHW)
@@ -149,16 +143,14 @@ def read_out(
     measured = counts + sigma * draws.normal(B, P, H, W)
 
     offset = _offsets(draws, tiling, e, unit, H, W)
-    signal = measured + _tracks(draws, B, P, H, W).view(B, P, H, W) * unit
+    signal = _smeared(draws, measured) + tracks(draws, B, P, H, W).view(B, P, H, W) * unit
     signal = signal * _gains(draws, tiling, B, P, H, W)
-    signal = torch.where(hot, signal + size * unit, signal)
-    signal = torch.where(negative & ~e.counting_B, signal - size * unit, signal)
-    wild = sigma * 10.0 * draws.normal(B, P, H, W)
-    signal = torch.where(noisy, signal + wild, signal)
+    signal = torch.where(hot, signal + height * unit, signal)
+    signal = torch.where(negative & ~e.counting_B, signal - height * unit, signal)
     saturated = signal >= e.saturation_B
     signal = torch.minimum(signal, e.saturation_B)
-    blocks, block_value = _bad_blocks(draws, B, P, H, W)
-    signal = torch.where(blocks, block_value * unit, signal)
+    blocks, block_value = bad_blocks(draws, B, P, H, W)
+    signal = torch.where(blocks, block_value * unit + sigma, signal)
     adu = (signal + offset) * e.gain_B
 
     # Dead pixels read 0, before the offset or after it.
@@ -169,20 +161,16 @@ def read_out(
     return Readout(images, measured, sigma, bad, saturated)
 
 
-def _defects(
-    draws: Draws, place_BPHW: Tensor, e: Electronics
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return hot, dead, noisy and negative pixels as bools; none of them in a tenth of events."""
-    B = len(place_BPHW)
-    clean = draws.chance(B, 1, 1, 1, probability=0.1)
-    masks = []
-    upper = torch.zeros(B, 1, 1, 1, device=draws.device)
-    for highest in (4e-3, 4e-3, 1e-3, 5e-4):
-        lower = upper
-        fraction = draws.log_uniform(B, 1, 1, 1, low=1e-6, high=highest)
-        upper = lower + torch.where(clean, 0.0, fraction)
-        masks.append((place_BPHW >= lower) & (place_BPHW < upper))
-    return masks[0], masks[1], masks[2], masks[3]
+def _smeared(draws: Draws, measured_BPHW: Tensor) -> Tensor:
+    """Mix pixels with the mean of those around them, in an eighth of the events.
+
+    Fibre-optic tapers whose distortion has been corrected, and resampled images, have such
+    correlated noise. A matched filter loses nothing by it.
+    """
+    B = len(measured_BPHW)
+    mixed = draws.chance(B, 1, 1, 1, probability=1 / 8) * draws.uniform(B, 1, 1, 1, high=0.7)
+    around = F.avg_pool2d(measured_BPHW, 3, stride=1, padding=1, count_include_pad=False)
+    return torch.lerp(measured_BPHW, around, mixed)
 
 
 def _offsets(
@@ -216,7 +204,7 @@ def _offsets(
     by_row = draws.chance(*one, probability=0.5)
     rows = draws.normal(B, P, height, 1) * (lines * by_row)
     columns = draws.normal(B, P, 1, width) * (lines * ~by_row)
-    offset = offset + rows + columns + _bad_lines(draws, B, P, height, width)
+    offset = offset + rows + columns + bad_lines(draws, B, P, height, width)
     return torch.where(e.counting_B, 0.0, offset * unit)
 
 
@@ -231,65 +219,6 @@ def _gains(draws: Draws, tiling: Tiling, B: int, P: int, height: int, width: int
     table = between * draws.normal(B, P, ASICS * ASICS)
     within = draws.log_uniform(B, 1, 1, 1, low=0.001, high=0.05)
     return 1.0 + _look_up(table, tiling.asic_BPHW) + within * draws.normal(B, P, height, width)
-
-
-def _bad_lines(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
-    """Draw rows and columns, or parts of them, that are off by 2 to 300 noises."""
-    offset = torch.zeros(B, P, height, width, device=draws.device)
-    y = torch.arange(height, device=draws.device)[:, None]
-    x = torch.arange(width, device=draws.device)
-    shape = (B, P, 1, 1)
-    for _ in range(_LINES):
-        size = draws.sign(*shape) * draws.log_uniform(*shape, low=2.0, high=300.0)
-        size = size * draws.chance(*shape, probability=0.1)
-        row = y == (draws.uniform(*shape) * height).floor()
-        column = x == (draws.uniform(*shape) * width).floor()
-        from_x, from_y = draws.uniform(*shape, low=-width), draws.uniform(*shape, low=-height)
-        part = torch.where(
-            draws.chance(*shape, probability=0.5), row & (x >= from_x), column & (y >= from_y)
-        )
-        offset += size * part
-    return offset
-
-
-def _bad_blocks(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Draw clusters of bad pixels, of 1 to 12 along each edge: bool mask, and value in noises."""
-    mask = torch.zeros(B, P, height, width, dtype=torch.bool, device=draws.device)
-    y = torch.arange(height, device=draws.device)[:, None]
-    x = torch.arange(width, device=draws.device)
-    shape = (B, P, 1, 1)
-    for _ in range(_BLOCKS):
-        top, left = draws.uniform(*shape) * height, draws.uniform(*shape) * width
-        tall = draws.log_uniform(*shape, low=1.0, high=12.0)
-        wide = draws.log_uniform(*shape, low=1.0, high=12.0)
-        block = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
-        mask |= block & draws.chance(*shape, probability=0.12)
-    hot = draws.chance(*shape, probability=0.5)
-    value = hot * draws.log_uniform(*shape, low=5.0, high=1000.0)
-    # Pixels of a hot cluster differ.
-    value = value * draws.uniform(B, P, height, width, low=0.5, high=1.5)
-    return mask, value
-
-
-def _tracks(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
-    """Draw what cosmic rays and fast electrons leave: single pixels to worms, in noises.
-
-    (B*P, H*W). A way turns little by little; what it leaves varies from pixel to pixel.
-    """
-    N, T, S = B * P, _TRACKS, _TRACK_STEPS
-    step = torch.arange(S, device=draws.device)
-    length = draws.log_uniform(N, T, 1, low=1.0, high=S + 0.99).floor()
-    crossing = draws.chance(N, T, 1, probability=0.15)
-    turn = 0.35 * draws.normal(N, T, S).cumsum(dim=-1)
-    angle = draws.uniform(N, T, 1, high=2.0 * math.pi) + turn
-    y = draws.uniform(N, T, 1) * height + angle.sin().cumsum(dim=-1)
-    x = draws.uniform(N, T, 1) * width + angle.cos().cumsum(dim=-1)
-    size = draws.log_uniform(N, T, 1, low=5.0, high=1000.0) * draws.uniform(N, T, S, low=0.3)
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    size = size * (crossing & inside & (step < length))
-    pixel = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
-    left = torch.zeros(N, height * width, device=draws.device)
-    return left.scatter_add_(1, pixel.flatten(1), size.flatten(1))
 
 
 def _numbers(

@@ -5,7 +5,7 @@ centroids. So each spot is a disc of pixels, with its centroid at the spot's cen
 two spots never touch.
 
 Shape legend: M spots or peaks, B events, P panels of an event, N = B*P, H rows, W columns, K rows
-and columns of a window, F factors of a radius.
+and columns of a window, F radii that are tried.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ _TOUCH = 2.0**0.5 + 0.01
 _REACH = 10
 """Pixels within which two discs of `MAX_RADIUS` can touch."""
 
-_FACTORS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76)
-"""Of a disc's radius; the one is taken whose pixels have their centroid nearest to the centre."""
+_TRIED, _SMALLEST = 9, 0.76
+"""Radii that are tried for a disc, down to this share of the largest; the one is taken whose pixels
+have their centroid nearest to the centre."""
 
 
 @dataclass(slots=True)
@@ -182,18 +183,19 @@ def paint(
     distance2_MKK = off_y_MK1.square() + off_x_M1K.square()
     # The pixel that holds the centre belongs to the disc, however small that is.
     holds_KK = (offset_K[:, None] == 0) & (offset_K == 0)
-    best_M = torch.full_like(y_M, torch.inf)
-    disc_MKK = torch.zeros_like(distance2_MKK, dtype=torch.bool)
-    for factor in _FACTORS:
-        tried_MKK = (distance2_MKK <= (factor * largest_M).square()[:, None, None]) | holds_KK
-        count_M = tried_MKK.sum(dim=(1, 2))
-        error_y = (tried_MKK * off_y_MK1).sum(dim=(1, 2)) / count_M
-        error_x = (tried_MKK * off_x_M1K).sum(dim=(1, 2)) / count_M
-        # Between equals the larger disc.
-        error_M = error_y.square() + error_x.square() + 0.01 * (1.0 - factor)
-        better_M = error_M < best_M
-        best_M = torch.where(better_M, error_M, best_M)
-        disc_MKK = torch.where(better_M[:, None, None], tried_MKK, disc_MKK)
+    factor_F = torch.linspace(1.0, _SMALLEST, _TRIED, device=y_M.device)
+    radius2_MF = (largest_M[:, None] * factor_F).square()
+    tried_MFKK = (distance2_MKK[:, None] <= radius2_MF[..., None, None]) | holds_KK
+    # How many pixels, and their offsets' sum, by rows and by columns.
+    rows_MFK, columns_MFK = tried_MFKK.sum(dim=3), tried_MFKK.sum(dim=2)
+    count_MF = rows_MFK.sum(dim=2)
+    error_y_MF = (rows_MFK * off_y_MK1.transpose(1, 2)).sum(dim=2) / count_MF
+    error_x_MF = (columns_MFK * off_x_M1K).sum(dim=2) / count_MF
+    # Between equals the larger disc.
+    error_MF = error_y_MF.square() + error_x_MF.square() + 0.01 * (1.0 - factor_F)
+    best_M = error_MF.argmin(dim=1)
+    number_M = torch.arange(len(y_M), device=y_M.device)
+    disc_MKK = tried_MFKK[number_M, best_M]
 
     row_MK1 = (middle_y.long()[:, None] + offset_K)[:, :, None]
     column_M1K = (middle_x.long()[:, None] + offset_K)[:, None, :]

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peaknet_predict.training.crystals import MARGIN, Cameras, Spots
+from peaknet_predict.training.crystals import Spots
 from peaknet_predict.training.draws import Draws
+from peaknet_predict.training.geometry import Cameras
+from peaknet_predict.training.lattices import MARGIN
 
 RADIUS = 11
 """Pixels on each side of the central one that a spot's window has."""

@@ -54,13 +54,13 @@ def draw_tiling(
 ) -> Tiling:
     """Draw the tilings of a batch: one kind of sensor for an event, anywhere under its frames."""
     B = batch_size
-    # In 30 % of the events the sensors are larger than the frame and without seams.
-    tiled = draws.chance(B, probability=0.7)
+    # Along each axis, half of the sensors are larger than the frame and without seams.
+    tiled_y, tiled_x = draws.chance(B, probability=0.5), draws.chance(B, probability=0.5)
     # Wider pixels (1.5, 2 or 3 times) at the seams of ASICs of one sensor, in half of the events.
     seam = draws.among(B, weights=(0.5, 0.1, 0.3, 0.1))
-    extra = torch.where(seam == 1, 0.5, torch.where(seam == 2, 1.0, 2.0)) * (seam > 0) * tiled
-    y = _draw_axis(draws, tiled, extra, panels, height, domain)
-    x = _draw_axis(draws, tiled, extra, panels, width, domain)
+    extra = torch.where(seam == 1, 0.5, torch.where(seam == 2, 1.0, 2.0)) * (seam > 0)
+    y = _draw_axis(draws, tiled_y, extra, panels, height, domain)
+    x = _draw_axis(draws, tiled_x, extra, panels, width, domain)
     on_panel = y[0][..., :, None] & x[0][..., None, :]
     gap = y[1][..., :, None] | x[1][..., None, :]
     asic = y[2][..., :, None] * ASICS + x[2][..., None, :]
@@ -97,7 +97,7 @@ def _draw_axis(
     at_seam = ((of_chip < 1.0) & (within >= 1.0)) | (
         (of_chip >= chip - 1.0) & (within < tile - 1.0)
     )
-    area = 1.0 + extra_B[:, None, None] * at_seam
+    area = 1.0 + extra_B[:, None, None] * (at_seam & tiled)
     asic = (number * asics + (within / chip).floor()).long()
     outermost = ((within < 1.0) | ((within >= tile - 1.0) & ~in_gap)) & tiled
     # Without tiles there is one ASIC.
