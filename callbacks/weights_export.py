@@ -7,15 +7,14 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.lookup import callback_of
 from peaknet_predict.training.export import export_weights
 
 
 class WeightsExport(L.Callback):
     """Write the best checkpoint's network as a weight file, see `export_weights`.
 
-    It is written whenever a `ModelCheckpoint` has kept a better one, and at the end; so a run that
-    is killed leaves its best weights too.
+    It is written whenever a `ModelCheckpoint` with a `monitor` has kept a better one, and at the
+    end; so a run that is killed leaves its best weights too.
 
     Parameters
     ----------
@@ -29,10 +28,10 @@ class WeightsExport(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that there will be checkpoints to export."""
-        if stage == "fit" and callback_of(trainer, ModelCheckpoint) is None:
+        if stage == "fit" and _keeper_of_the_best(trainer) is None:
             raise ValueError(
-                "WeightsExport writes the weights of the best checkpoint: add a ModelCheckpoint to "
-                "the callbacks"
+                "WeightsExport writes the weights of the best checkpoint: add a ModelCheckpoint "
+                "with `monitor` to the callbacks"
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
@@ -46,7 +45,7 @@ class WeightsExport(L.Callback):
     def _export(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        checkpoints = callback_of(trainer, ModelCheckpoint)
+        checkpoints = _keeper_of_the_best(trainer)
         assert checkpoints is not None
         best, score = checkpoints.best_model_path, checkpoints.best_model_score
         # A better one may have the name of the one before.
@@ -54,3 +53,8 @@ class WeightsExport(L.Callback):
         if best and now != self._exported and Path(best).is_file():
             export_weights(best, self.path)
             self._exported = now
+
+
+def _keeper_of_the_best(trainer: L.Trainer) -> ModelCheckpoint | None:
+    keepers = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+    return next((keeper for keeper in keepers if keeper.monitor is not None), None)

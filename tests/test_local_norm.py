@@ -15,6 +15,7 @@ from peaknet_predict.preprocess import (
     MergeBatchChannelDims,
     Pad,
     PadToMultiple,
+    Prepared,
     Preprocess,
     Transform,
 )
@@ -23,7 +24,8 @@ from peaknet_predict.preprocess import (
 def normed(images_BPHW: Tensor, *transforms: Transform) -> Tensor:
     """Return prepared panels (N, H, W)."""
     chain = [*(transforms or (LocalNorm(),)), MergeBatchChannelDims()]
-    return Preprocess(chain)(images_BPHW).images_N1HW[:, 0]
+    prepared: Prepared = Preprocess(chain)(images_BPHW)
+    return prepared.images_N1HW[:, 0]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

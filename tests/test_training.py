@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Timer
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from callbacks.averaged_weights import AveragedWeights, weight_of_new
 from peaknet_predict.models import PeakNet
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.preprocess import (
@@ -25,7 +27,7 @@ from peaknet_predict.preprocess import (
     Preprocess,
 )
 from peaknet_predict.training.augment import turned
-from peaknet_predict.training.export import export_weights
+from peaknet_predict.training.export import METADATA, export_weights
 from peaknet_predict.training.labels import IGNORED
 from peaknet_predict.training.loss import focal_loss, peak_log_odds
 from peaknet_predict.training.metrics import (
@@ -245,6 +247,8 @@ def figures(threshold: float, precision: float, recall: float, blank: float = 0.
 def test_the_operating_point_is_precise_and_finds_most() -> None:
     rows = [figures(0, 0.9, 0.9), figures(1, 0.98, 0.7), figures(2, 0.99, 0.7), figures(3, 1, 0.2)]
     assert operating_point(rows).threshold == 2
+    easy = [figures(t, 1.0, 1.0 if 0 < t < 4 else 0.9) for t in range(6)]
+    assert operating_point(easy).threshold == 2
     rows[2] = figures(2, 0.99, 0.8, blank=0.2)
     assert operating_point(rows).threshold == 1
     hopeless = [figures(0, 0.1, 0.9), figures(1, 0.5, 0.5), figures(2, 1.0, 0.0)]
@@ -289,9 +293,10 @@ def test_exported_weights_have_their_threshold_at_zero(
         before, after = peak_log_odds(net(images)), peak_log_odds(loaded(images))
     torch.testing.assert_close(after, before - 1.25, atol=5e-3, rtol=0)
     with safe_open(tmp_path / "new" / "w.safetensors", "pt") as file:
-        assert {file.get_tensor(n).dtype for n in file.keys()} == {torch.float16, torch.bool}  # noqa: SIM118
-        assert file.metadata()["steps"] == "7"
-        assert '"threshold": 1.25' in file.metadata()["validation"]
+        assert {file.get_tensor(n).dtype for n in file.keys()} == {torch.float16, torch.bool}
+        origin = json.loads(file.metadata()[METADATA])
+        assert origin["steps"] == 7
+        assert origin["validation"]["threshold"] == 1.25
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
 
 
@@ -334,3 +339,37 @@ def test_lightnings_timer_has_what_progress_reads() -> None:
     )
     (timer,) = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
     assert timer.time_remaining() == 60.0
+
+
+@pytest.mark.parametrize("steps", [40, 400, 20000])
+def test_averaged_weights_forget_the_start_and_reach_back_to_their_horizon(steps: int) -> None:
+    share_of_first, reach = 1.0, 0.0
+    for number in range(steps // 5):
+        new = weight_of_new(number, least=0.01)
+        share_of_first = new if number == 0 else share_of_first * (1 - new)
+        reach = (reach + 5) * (1 - new)
+    assert share_of_first < 0.03
+    assert reach == pytest.approx(min(500, steps / 10), rel=0.25)
+
+
+def test_averaged_weights_are_lightnings_average(tmp_path: Path) -> None:
+    averaged = AveragedWeights(horizon_steps=20, every_n_steps=2)
+    module = L.LightningModule()
+    layer = module.layer = nn.Linear(1, 1, bias=False)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    averaged.setup(trainer, module, "fit")
+    assert averaged._average_model is not None
+    expected, seen = 0.0, 0
+    for step in range(40):
+        value = float(step)
+        nn.init.constant_(layer.weight, value)
+        if averaged.should_update(step_idx=step):
+            averaged._average_model.update_parameters(module)
+            new = max(0.1, 9 / (9 + seen))
+            expected, seen = (1 - new) * expected + new * value, seen + 1
+    assert seen == 20
+    (average,) = averaged._average_model.module.parameters()
+    assert average.item() == pytest.approx(expected, rel=1e-5)
+    assert not averaged.should_update(epoch_idx=1)
+    with pytest.raises(ValueError, match="every_n_steps is 0"):
+        AveragedWeights(every_n_steps=0)

@@ -110,7 +110,7 @@ class LocalNorm(Transform):
         ).unbind(1)
         # Without any noise there is no excess either: of a panel that is one constant, all is 0.
         z_NHW = torch.where(sigma_NHW > 0, (x_NHW - mean_NHW) / sigma_NHW, 0.0)
-        z_BPHW = _compressed(z_NHW).unflatten(0, images_BPHW.shape[:2])
+        z_BPHW = _compressed(z_NHW).view(images_BPHW.shape)
         return torch.where(usable_BPHW, z_BPHW, 0.0), valid_BPHW
 
     def _background(self, x_NHW: Tensor, usable_NHW: Tensor) -> Tensor:

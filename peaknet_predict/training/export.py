@@ -19,6 +19,9 @@ from peaknet_predict.training.metrics import OPERATING_POINT
 
 log = logging.getLogger(__name__)
 
+METADATA = "peaknet_predict"
+"""Key of the file's metadata: JSON with version, steps taken, and the validation's figures."""
+
 _NETWORK = "net."
 _PEAK_BIAS = "head_segmask.bias"
 
@@ -78,11 +81,13 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
             _PEAK_BIAS,
             figures["threshold"],
         )
-    metadata = {
-        "program": "peaknet-predict " + importlib.metadata.version("peaknet-predict"),
-        "steps": str(content.get("global_step", "unknown")),
-        "validation": json.dumps(figures),
+    origin = {
+        "version": importlib.metadata.version("peaknet-predict"),
+        "steps": content.get("global_step"),
+        "validation": figures,
     }
+    # One entry, because several have no order: the same checkpoint makes the same file.
+    metadata = {METADATA: json.dumps(origin)}
     data = save({name: _halved(name, tensor) for name, tensor in tensors.items()}, metadata)
     _write(path, data)
     sha256 = hashlib.sha256(data).hexdigest()

@@ -78,7 +78,8 @@ class Figures:
         return (
             f"at threshold {self.threshold:g} precision {self.precision:.3f}, recall of weak peaks "
             f"{self.recall_weak:.3f}, of strong {self.recall_strong:.3f}; "
-            f"{self.false_per_blank:.3f} false a blank panel, centroids off {self.centroid_px:.2f} px"
+            f"{self.false_per_blank:.3f} false a blank panel, centroids off by "
+            f"{self.centroid_px:.2f} px"
         )
 
     def as_dict(self) -> dict[str, float]:
@@ -149,7 +150,10 @@ def operating_point(figures: list[Figures]) -> Figures:
     ]
     # An operating point that lists nothing is precise as well.
     if any(f.recall > 0 for f in precise):
-        return max(precise, key=lambda f: (f.recall, f.precision))
+        best = max((f.recall, f.precision) for f in precise)
+        equals = [f for f in precise if (f.recall, f.precision) == best]
+        # In the middle, farthest from where it would become worse.
+        return equals[len(equals) // 2]
     return max(figures, key=lambda f: f.f1)
 
 
