@@ -344,10 +344,11 @@ class PeakNetModule(L.LightningModule):
         figures = self._scores.figures()
         self.operating_point = operating_point(figures)
         best = max(f.f1 for f in figures)
-        # The same on all ranks, so there is nothing to synchronise.
-        self.log("val/f1", best, prog_bar=True)
+        # The same on all ranks; said to be synchronised, or Lightning warns.
+        self.log("val/f1", best, prog_bar=True, sync_dist=True)
         for name, value in self.operating_point.as_dict().items():
-            self.log(f"val/{'f1_at_threshold' if name == 'f1' else name}", value)
+            name = "f1_at_threshold" if name == "f1" else name
+            self.log(f"val/{name}", value, sync_dist=True)
         if self.trainer.is_global_zero:
             log.info(
                 "step %d: best F1 %.3f; %s", self.trainer.global_step, best, self.operating_point

@@ -227,6 +227,6 @@ class PeakNet(nn.Module):
             )
             raise ValueError(
                 f"PeakNet takes panels whose height and width are multiples of {multiple}, not "
-                f"{height}x{width}: put Pad(height={up_height}, width={up_width}) into the "
-                "preprocessing"
+                f"{height}x{width}: put Pad(height={up_height}, width={up_width}) or "
+                f"PadToMultiple({multiple}) into the preprocessing"
             )
