@@ -2,7 +2,7 @@
 
 Prints a table a data set, in Markdown::
 
-    python -m benchmarks.accuracy --config configs/models/peaknet_small.yaml [--check]
+    python -m benchmarks.accuracy --config configs/models/peaknet_small.yaml [--check] [--index 5]
         [--config PATH[@WEIGHTS] ...] [--data-sets default cspad] [--events 40] [--device cuda]
 
 Every finder sees the same shots, and runs as `predict` runs it. Besides those of the configurations
@@ -16,6 +16,9 @@ there is `LocalSnr` with its defaults and with the best thresholds of a sweep. W
   sigma on. Peaks at random places would have the precision in the column "by chance".
 - False peaks on panels of shots without a crystal.
 - Distance of the found from the planted centre, peaks of 5 sigma and more.
+
+- With ``--index N``, in the first N hits: whether the peaks show the crystal's lattice, by an
+  orientation search with the known cell (`benchmarks.lattice`).
 
 The `+-` is one standard error, from the scatter between events. ``--check`` compares every network
 with the thresholds of acceptance and exits with 1 if one is missed.
@@ -33,6 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.finders import find, local_snr, make_module
+from benchmarks.lattice import LatticeSearch
 from benchmarks.matching import BANDS, STRONG, Score, Share
 from benchmarks.shots import DATA_SETS, DataSet
 from peaknet_predict.models import LocalSnr
@@ -239,11 +243,54 @@ def caption(data_set: DataSet, its: Score) -> str:
     )
 
 
+def index_table(
+    data_set: DataSet, found: dict[str, list[Peaks]], num: int, device: str
+) -> str | None:
+    """Return how many of the first hits' lattices the finders' peaks show; None if not to be known.
+
+    Parameters
+    ----------
+    data_set
+        Needs a geometry and a cell.
+    found
+        Peaks of the hits by finder.
+    num
+        How many hits.
+    device
+        Where the search runs.
+    """
+    if data_set.geometry is None or data_set.cell is None or not num:
+        return None
+    search = LatticeSearch(data_set.cell, device=device)
+    columns = ["finder", "hits", "indexed", "share of peaks indexed, median", "sigmas, median"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for name, peaks in found.items():
+        verdicts = [
+            search.judge(
+                data_set.geometry.scattering_vectors(peaks_M3, shot.photon_energy_ev), 8, seed=k
+            )
+            for k, (shot, peaks_M3) in enumerate(zip(data_set.hits[:num], peaks, strict=False))
+        ]
+        cells = [name, str(len(verdicts)), str(sum(verdict.is_indexed for verdict in verdicts))]
+        cells += [f"{np.median([verdict.fraction for verdict in verdicts]):.2f}"]
+        cells += [f"{np.median([verdict.sigmas for verdict in verdicts]):.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def evaluate(
-    data_set: DataSet, chosen: Sequence[Candidate], sweep: Sequence[Candidate], finder: Finder
+    data_set: DataSet,
+    chosen: Sequence[Candidate],
+    sweep: Sequence[Candidate],
+    finder: Finder,
+    index: int = 0,
+    device: str = "cpu",
 ) -> list[Check]:
-    """Print the table of a data set and return the networks' checks."""
-    scored = [(candidate, score(data_set, candidate, finder)[0]) for candidate in chosen]
+    """Print the tables of a data set and return the networks' checks."""
+    scored, peaks = [], {}
+    for candidate in chosen:
+        its, peaks[candidate.name] = score(data_set, candidate, finder)
+        scored.append((candidate, its))
     baselines = [(candidate, score(data_set, candidate, finder)[0]) for candidate in sweep]
     rows = [(candidate.name, its) for candidate, its in scored]
     if baselines:
@@ -265,6 +312,12 @@ def evaluate(
             f"{its.missed_crowded} of them with a stronger one within 5 px; "
             f"{its.refused} events refused."
         )
+    peaks["planted, 3 sigma and more"] = [
+        shot.peaks_M3[shot.snr_M >= 3.0] for shot in data_set.hits
+    ]
+    indexed = index_table(data_set, peaks, index, device)
+    if indexed is not None:
+        print("\n" + indexed)
     sys.stdout.flush()
     return found
 
@@ -290,6 +343,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", help="Lightning's; as in configs/topology by default")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--index", type=int, default=0, help="hits whose lattice is looked for")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a threshold is missed")
     arguments = parser.parse_args(words)
 
@@ -302,7 +356,7 @@ def main(words: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         data_set = DATA_SETS[name](arguments.events, arguments.seed, arguments.device)
         made = time.monotonic()
-        found += evaluate(data_set, chosen, sweep, finder)
+        found += evaluate(data_set, chosen, sweep, finder, arguments.index, arguments.device)
         print(f"({made - started:.0f} s to make, {time.monotonic() - made:.0f} s to search)")
     if found:
         print_checks(found)

@@ -139,8 +139,8 @@ def held_out(events: int, seed: int, device: str) -> DataSet:
     from peaknet_predict.training.shots import ShotSimulator
 
     kinds = {}
-    for kind, hit_fraction in (("hits", 1.0), ("blanks", 0.0)):
-        simulator = ShotSimulator(4, 512, 512, hit_fraction, seed, domain="held_out")
+    for kind, hit_fraction, own_seed in (("hits", 1.0, seed), ("blanks", 0.0, seed + 1)):
+        simulator = ShotSimulator(4, 512, 512, hit_fraction, own_seed, domain="held_out")
         kinds[kind] = [_labelled(simulator, k, torch.device(device)) for k in range(events)]
     return DataSet("held_out", kinds["hits"], kinds["blanks"])
 
