@@ -8,6 +8,9 @@ would of random ones shows that the peaks are Bragg peaks. Once the lattice is k
 peaks are held against it: of peaks at random places one in eight lies on it by chance, so those
 that do not lie on it tell how many are false (`estimate`). That takes each shot for one crystal.
 
+``--sweep 3 4 5`` adds `LocalSnr` with other thresholds to the second table: a network should have
+more Bragg peaks than the one that is as precise.
+
 The folder holds npz files with ``data`` (P, H, W), one CrystFEL geometry and one cell file. The
 photon energy, where neither states it, is the one at which most of LocalSnr's peaks are indexed.
 Pictures show circles in one colour a finder, in the order of the table.
@@ -27,7 +30,7 @@ import numpy.typing as npt
 import torch
 from scipy.spatial import cKDTree
 
-from benchmarks.accuracy import Candidate, candidates
+from benchmarks.accuracy import Candidate, candidates, swept
 from benchmarks.finders import find
 from benchmarks.geometry import Geometry, read_geometry
 from benchmarks.lattice import TOLERANCE, LatticeSearch, Orientation, Verdict
@@ -138,6 +141,7 @@ class Report:
         others: Sequence[Peaks],
         reference: int,
         energy_ev: float,
+        num_judged: int,
     ) -> list[npt.NDArray[np.bool_]]:
         """Print the tables and return which peaks of each finder lie on the common lattice.
 
@@ -151,9 +155,11 @@ class Report:
             The finder to whose peaks the others' are compared.
         energy_ev
             Photon energy.
+        num_judged
+            As many finders, from the first, look for a lattice of their own.
         """
         q = [self._geometry.scattering_vectors(peaks, energy_ev) for peaks in found]
-        verdicts = [self._search.judge(q_M3, self._random_lists) for q_M3 in q]
+        verdicts = [self._search.judge(q_M3, self._random_lists) for q_M3 in q[:num_judged]]
         best = max(verdicts, key=lambda verdict: verdict.sigmas)
         print(f"photon energy {energy_ev:.0f} eV; each finder's own lattice:\n")
         columns = [
@@ -165,7 +171,7 @@ class Report:
             "indexed?",
         ]
         print(_row(columns) + "\n" + "| --- " * len(columns) + "|")
-        for name, verdict in zip(names, verdicts, strict=True):
+        for name, verdict in zip(names, verdicts, strict=False):
             print(_row([name, *_verdict_cells(verdict)]))
         indexed = [on_lattice(self._search, best.orientation, q_M3) for q_M3 in q]
         print("\nthe lattice that is furthest from chance, and where the peaks are:\n")
@@ -187,7 +193,7 @@ class Report:
             cells += [f"{np.median(norm_M):.2f} ({norm_M.max():.2f})" if len(peaks) else "-"]
             print(_row(cells))
         print(f"\n(by area {edge_share(self._geometry):.1%} of random peaks are at edges)")
-        self._print_histograms(names, found, q)
+        self._print_histograms(names[:num_judged], found[:num_judged], q[:num_judged])
         return indexed
 
     def _print_histograms(
@@ -273,6 +279,7 @@ def main(words: Sequence[str] | None = None) -> int:
         help="searched where the energy is not known",
     )
     parser.add_argument("--random-lists", type=int, default=20)
+    parser.add_argument("--sweep", nargs="*", type=float, default=[])
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision")
@@ -285,7 +292,9 @@ def main(words: Sequence[str] | None = None) -> int:
     cell = read_cell(only(arguments.shots, "*.cell"))
     search = LatticeSearch(cell, device=arguments.device)
     chosen: list[Candidate] = candidates(arguments.config)
+    num_judged = len(chosen)
     reference = next(k for k, one in enumerate(chosen) if isinstance(one.module.net, LocalSnr))
+    chosen += swept(arguments.sweep)
     names = [one.name for one in chosen]
     found = [
         [
@@ -309,9 +318,18 @@ def main(words: Sequence[str] | None = None) -> int:
             energies = np.arange(first, last + step / 2, step).tolist()
             energy = best_energy(search, geometry, here[reference], energies)
         print(f"\n### {path.stem}\n")
-        indexed = report.print_shot(names, here, others, reference, energy)
+        indexed = report.print_shot(names, here, others, reference, energy, num_judged)
         if arguments.pictures is not None:
-            draw(arguments.pictures, path.stem, image, geometry, names, here, indexed)
+            drawn = slice(num_judged)
+            draw(
+                arguments.pictures,
+                path.stem,
+                image,
+                geometry,
+                names[drawn],
+                here[drawn],
+                indexed[drawn],
+            )
     return 0
 
 
