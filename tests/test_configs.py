@@ -51,6 +51,13 @@ def test_predictions_cannot_be_kept_and_streams_are_not_fetched_ahead() -> None:
     assert parsed["trainer"]["limit_predict_batches"] == 10**9  # type: ignore[index]
 
 
+def test_fine_tuning_parses() -> None:
+    parsed = printed(
+        CONFIGS / "models" / "peaknet_small.yaml", CONFIGS / "finetune.yaml", command="fit"
+    )
+    assert parsed["model"]["init_args"]["learning_rate"] == 3e-4  # type: ignore[index]
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda path: path.stem)
 def test_training_goes_with_every_topology(topology: Path) -> None:
     parsed = printed(*TRAINING, topology, command="fit")

@@ -82,7 +82,7 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
             figures["threshold"],
         )
     origin = {
-        "version": importlib.metadata.version("peaknet-predict"),
+        "version": _version(),
         "steps": content.get("global_step"),
         "validation": figures,
     }
@@ -105,6 +105,13 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{checkpoint} has no state_dict: it is not a checkpoint of a run")
     return content
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("peaknet-predict")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
 
 
 def _halved(name: str, tensor: Tensor) -> Tensor:
