@@ -79,13 +79,16 @@ def draw_background(draws: Draws, cameras: Cameras, height: int, width: int) -> 
 def _streak(draws: Draws, y: Tensor, x: Tensor, B: int) -> Tensor:
     """Draw the narrow bright line through the beam that a jet or a nozzle's edge scatters."""
     strength = weight(draws, B, 1, 1, 1, probability=0.2, low=1.0, high=300.0)
-    # Jets mostly fall or fly sideways: streaks lie near an axis as often as anywhere.
-    angle = draws.uniform(B, 1, 1, 1, high=math.pi)
-    near_axis = (0.5 * math.pi) * draws.among(B, 1, 1, 1, weights=(0.5, 0.5)) + 0.05 * angle
-    angle = torch.where(draws.chance(B, 1, 1, 1, probability=0.5), near_axis, angle)
+    # Jets mostly fall or fly sideways, so half of the streaks lie near an axis; the others go
+    # through the first panel's middle, or most panels would never see one.
+    angle = draws.uniform(B, 1, 1, 1, high=0.2)
+    near_axis = (0.5 * math.pi) * draws.among(B, 1, 1, 1, weights=(0.5, 0.5)) + angle
+    middle_y, middle_x = y[:, :1].mean(dim=2, keepdim=True), x[:, :1].mean(dim=3, keepdim=True)
+    through = torch.atan2(middle_y, middle_x) + 0.2 * angle
+    angle = torch.where(draws.chance(B, 1, 1, 1, probability=0.5), near_axis, through)
     along, across = y * angle.sin() + x * angle.cos(), y * angle.cos() - x * angle.sin()
     width = draws.log_uniform(B, 1, 1, 1, low=0.7, high=6.0)
-    reach = draws.log_uniform(B, 1, 1, 1, low=40.0, high=800.0)
+    reach = draws.log_uniform(B, 1, 1, 1, low=60.0, high=1500.0)
     # Fringes along it: the jet's thickness.
     period = draws.log_uniform(B, 1, 1, 1, low=6.0, high=60.0)
     depth = draws.chance(B, 1, 1, 1, probability=0.5) * draws.uniform(B, 1, 1, 1)

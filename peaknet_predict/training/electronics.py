@@ -1,7 +1,8 @@
 """From expected photons to numbers in a file: counting, noise, offsets, defects, number formats.
 
-Shape legend: B events, P panels of an event, H rows, W columns. Parameters of an event are (B, 1, 1, 1). "Noise" is the readout's, in photons, unless an event has
-none; then everything that is measured in it is measured in photons.
+Shape legend: B events, P panels of an event, H rows, W columns. Parameters of an event are
+(B, 1, 1, 1). "Noise" is the readout's, in photons, unless an event has none; then everything that
+is measured in it is measured in photons.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Readout:
     images_BPHW
         ADU, with NaN where there is no pixel.
     excess_BPHW
-        Photons as measured, without offsets and defects; with the readout's noise.
+        Photons as measured, without offsets, gains and defects; with the readout's noise.
     sigma_BPHW
         Readout noise of the pixel, photons rms.
     bad_BPHW
@@ -135,12 +136,14 @@ def read_out(
     sigma = sigma * (1.0 + leaky * tiling.border_BPHW)
     # Where the gain has switched, noise is several times as high and the scales do not quite fit.
     switching = draws.chance(B, 1, 1, 1, probability=0.15) & ~e.counting_B
-    switched = switching & (counts > draws.log_uniform(B, 1, 1, 1, low=20.0, high=2000.0))
+    threshold = draws.log_uniform(B, 1, 1, 1, low=20.0, high=2000.0)
+    threshold = threshold + 2.0 * expected_BPHW.mean(dim=(1, 2, 3), keepdim=True)
+    switched = switching & (counts > threshold)
     low_gain_noise = draws.uniform(B, 1, 1, 1, low=2.0, high=10.0)
     mismatch = 1.0 + 0.1 * draws.normal(B, 1, 1, 1)
     sigma = torch.where(switched, sigma * low_gain_noise, sigma)
-    counts = torch.where(switched, counts * mismatch, counts)
-    measured = counts + sigma * draws.normal(B, P, H, W)
+    noise = sigma * draws.normal(B, P, H, W)
+    measured = torch.where(switched, counts * mismatch, counts) + noise
 
     offset = _offsets(draws, tiling, e, unit, H, W)
     signal = _smeared(draws, measured) + tracks(draws, B, P, H, W).view(B, P, H, W) * unit
@@ -158,7 +161,7 @@ def read_out(
     adu = torch.where(dead, dead_adu, adu)
     images = _numbers(draws, adu, tiling, e, hot | dead | blocks | noisy)
     bad = hot | dead | noisy | negative | blocks | tiling.gap_BPHW | ~tiling.on_panel_BPHW
-    return Readout(images, measured, sigma, bad, saturated)
+    return Readout(images, counts + noise, sigma, bad, saturated)
 
 
 def _smeared(draws: Draws, measured_BPHW: Tensor) -> Tensor:

@@ -190,8 +190,12 @@ def _grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
 def _reciprocal(axes: Tensor) -> Tensor:
     """Return a*, b*, c* of cells, (..., 3, 3) rows each: b x c over the volume, and so on."""
     a, b, c = axes.unbind(-2)
-    crossed = [torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)]
-    volume = (a * crossed[0]).sum(dim=-1)[..., None, None]
+    crossed: list[Tensor] = [
+        torch.linalg.cross(b, c),
+        torch.linalg.cross(c, a),
+        torch.linalg.cross(a, b),
+    ]
+    volume: Tensor = (a * crossed[0]).sum(dim=-1)[..., None, None]
     return torch.stack(crossed, dim=-2) / volume
 
 

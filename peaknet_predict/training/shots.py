@@ -150,13 +150,15 @@ class ShotSimulator:
         scene = Scene(background, tiling, readout, planted)
         peak_M, ignored_M = judge(merged, scene)
         snr_M, on_pixel_M = local_snr(merged, scene)
+        # Wide and faint: no pixel of it stands out, only all of them together.
+        blurred_M = peak_M & (snr_M < 1.0)
         listed = torch.nonzero((snr_M >= 1.0) & on_pixel_M).squeeze(1)
         image = merged.image_M[listed]
         event = torch.div(image, P, rounding_mode="floor")
         place = [event, image - event * P, merged.y_M[listed], merged.x_M[listed]]
         return LabelledShots(
             images_BPHW=readout.images_BPHW,
-            labels_BPHW=label(merged, peak_M, ignored_M, tiling),
+            labels_BPHW=label(merged, peak_M & ~blurred_M, ignored_M | blurred_M, tiling),
             peaks_M4=torch.stack(place, dim=1),
             snr_M=snr_M[listed],
         )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from peaknet_predict.training.draws import Band, Domain, Draws
 
-TILE_PX = Band(60.0, 600.0, 180.0, 200.0)
-"""Edge of a sensor, pixels: 128 of AGIPD, 256 of Jungfrau's and Eiger's chips, 487 of Pilatus.
-Held out: those of CSPAD, 185 and 194."""
+TILE_PX = Band(60.0, 600.0, 179.51, 200.49)
+"""Edge of a sensor, pixels, before rounding: 128 of AGIPD, 256 of Jungfrau's and Eiger's chips, 487
+of Pilatus. Held out: those of CSPAD, 185 and 194."""
 
-GAP_PX = Band(1.0, 40.0, 2.5, 5.5)
-"""Insensitive pixels between sensors. Held out: 3 to 5, CSPAD's and ePix10k's."""
+GAP_PX = Band(1.0, 40.0, 2.51, 5.49)
+"""Insensitive pixels between sensors, before rounding. Held out: 3 to 5, CSPAD's and ePix10k's."""
 
 ASICS = 8
 """ASICs along an axis that are told apart; they repeat beyond."""
@@ -85,14 +85,13 @@ def _draw_axis(
     gap = draws.band(B, band=GAP_PX, domain=domain).round()[:, None, None]
     # A sensor has one, two or four ASICs along this axis.
     asics = 2.0 ** draws.among(B, weights=(0.4, 0.4, 0.2))[:, None, None]
-    tile = (tile / asics).floor() * asics
     far = draws.uniform(B, P, 1) * (tile + gap)
     place = (position - start) + far.floor()
     number = (place / (tile + gap)).floor()
     within = place - number * (tile + gap)
     tiled = tiled_B[:, None, None]
     in_gap = (within >= tile) & tiled
-    chip = tile / asics
+    chip = (tile / asics).ceil()
     of_chip = within.remainder(chip)
     at_seam = ((of_chip < 1.0) & (within >= 1.0)) | (
         (of_chip >= chip - 1.0) & (within < tile - 1.0)
