@@ -322,6 +322,14 @@ class PeakNetModule(L.LightningModule):
         self.log("train/loss", loss, batch_size=len(shots.images_BPHW), prog_bar=True)
         return loss
 
+    def on_train_batch_end(self, *args: object) -> None:
+        """See that the last weights are validated, also if the run ends in the midst of an epoch.
+
+        Lightning validates before a stop that is asked for, but not before `max_steps`.
+        """
+        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True
+
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
         self._scores = Scores()

@@ -222,10 +222,23 @@ def test_a_run_that_ends_by_the_clock_ends_slowly(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = settings(tmp_path, simulated(10**6), max_time="00:00:00:06", max_steps=-1)
-    assert fit("-c", str(config), "--trainer.limit_val_batches", "0") == 0
+    assert fit("-c", str(config)) == 0
     rates = curve(tmp_path / "runs/train", "lr-AdamW/pg1")
     assert max(rates) > 0.3 * 0.01
     assert rates[-1] < 0.1 * max(rates)
+    assert len(curve(tmp_path / "runs/train", "val/f1")) == 1
+    assert Path("runs/train/weights.safetensors").is_file()
+
+
+def test_the_last_weights_are_validated_in_the_midst_of_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, simulated(4), max_steps=6)
+    assert fit("-c", str(config)) == 0
+    assert len(curve(tmp_path / "runs/train", "train/loss")) == 6
+    assert len(curve(tmp_path / "runs/train", "val/f1")) == 2
+    assert torch.load("runs/train/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 class FakeTrainer:
