@@ -20,7 +20,7 @@ from peaknet_predict.training.lattices import (
     draw_axes,
     find_reflections,
 )
-from peaknet_predict.training.scattering import ICE_Q
+from peaknet_predict.training.scattering import ice_rings
 
 STRAY_SPOTS = 12
 """Most stray spots of one panel: salt, dust, other isolated crystals."""
@@ -139,10 +139,10 @@ def _stray_spots(
     ice = draws.chance(B, 1, 1, probability=0.1)
     top, left = cameras.top_BP[..., None], cameras.left_BP[..., None]
     rho = ((y + top).square() + (x + left).square()).sqrt().clamp(min=1.0)
-    ring = draws.among(B, P, S, weights=(1.0 / len(ICE_Q),) * len(ICE_Q))
-    ice_q = torch.zeros_like(y)
-    for number, q in enumerate(ICE_Q):
-        ice_q = torch.where(ring == number, q, ice_q)
+    rings = ice_rings(y.device)
+    # Rounding may make the product the number of rings.
+    ring = (draws.uniform(B, P, S) * len(rings)).long().clamp(max=len(rings) - 1)
+    ice_q = rings[ring]
     theta = torch.asin((0.5 * cameras.wavelength_B[:, None, None] * ice_q).clamp(max=0.6))
     scale = cameras.distance_px_B[:, None, None] * (2.0 * theta).tan() / rho
     y = torch.where(ice, (y + top) * scale - top, y)

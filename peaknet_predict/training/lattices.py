@@ -134,14 +134,15 @@ def _rotations(draws: Draws, batch_size: int) -> Tensor:
     (0.1 to 1.5 degrees): a split crystal, whose spots are doublets.
     """
     quaternion = draws.normal(batch_size, MAX_CRYSTALS, 4)
-    rotation = _matrix(quaternion / quaternion.norm(dim=-1, keepdim=True))
+    quaternion = quaternion / quaternion.norm(dim=-1, keepdim=True)
     tilt = draws.normal(batch_size, 3)
     angle = draws.log_uniform(batch_size, 1, low=math.radians(0.1), high=math.radians(1.5))
     half = 0.5 * angle * tilt / tilt.norm(dim=-1, keepdim=True)
-    small = _matrix(torch.cat([(0.5 * angle).cos(), half], dim=-1))
+    tilted = torch.cat([(0.5 * angle).cos(), half], dim=-1)[:, None]
+    *rotation, small = _matrix(torch.cat([quaternion, tilted], dim=1)).unbind(1)
     split = draws.chance(batch_size, 1, 1, probability=1 / 3)
-    second = torch.where(split, _product(small, rotation[:, 0]), rotation[:, 1])
-    return torch.cat([rotation[:, :1], second[:, None], rotation[:, 2:]], dim=1)
+    rotation[1] = torch.where(split, _product(small, rotation[0]), rotation[1])
+    return torch.stack(rotation, dim=1)
 
 
 def _matrix(quaternion: Tensor) -> Tensor:

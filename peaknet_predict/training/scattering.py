@@ -6,6 +6,7 @@ rings. Parameters of an event are (B, 1, 1, 1), or (B, 1) for profiles.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -54,6 +55,12 @@ def draw_scattering(draws: Draws, q_BPHW: Tensor) -> tuple[Tensor, Tensor]:
     return smooth, rings
 
 
+@functools.cache
+def ice_rings(device: torch.device) -> Tensor:
+    """Return `ICE_Q` on a device; a copy in every batch would wait for the device."""
+    return torch.tensor(ICE_Q, device=device)
+
+
 def weight(draws: Draws, *shape: int, probability: float, low: float, high: float) -> Tensor:
     """Draw the strength of a component that not every event has."""
     return draws.chance(*shape, probability=probability) * draws.log_uniform(
@@ -90,10 +97,8 @@ def _rings(draws: Draws, q: Tensor) -> Tensor:
     # Ice in a quarter of the events, each ring with its own strength; 0.3 to 2 % wide.
     ice = weight(draws, B, 1, 1, probability=0.25, low=0.1, high=30.0)
     width = draws.log_uniform(B, 1, 1, low=0.001, high=0.005)
-    of_ice = torch.zeros_like(q)
     each = draws.uniform(B, len(ICE_Q), 1).square()
-    for ring, centre in enumerate(ICE_Q):
-        of_ice = of_ice + each[:, ring] * _bell(q, centre, width[:, 0])
+    of_ice = (each * _bell(q[:, None], ice_rings(q.device)[:, None], width)).sum(dim=1)
     strength = weight(draws, B, R, 1, probability=0.12, low=0.1, high=30.0)
     centres = draws.uniform(B, R, 1, low=0.02, high=0.5)
     width = draws.log_uniform(B, R, 1, low=0.0008, high=0.01)

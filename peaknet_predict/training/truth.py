@@ -37,6 +37,9 @@ statistics are off where almost no photons are expected."""
 LEAST_VARIANCE = 1e-4
 """Square photons, in `LabelledShots.snr_M`: behind a beam stop a counter has none at all."""
 
+_STRUCTURE = 0.5
+"""Share of a background's difference from its surroundings that counts as noise."""
+
 _REACH = 6
 """Pixels on each side of a spot over which its significance is judged."""
 
@@ -76,8 +79,11 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     readout, tiling, background = scene.readout, scene.tiling, scene.background
     area = tiling.area_BPH1 * tiling.area_BP1W
     expected = background.photons_BPHW * area
-    # Grains of rings hide spots like noise does.
+    # Grains of rings hide spots like noise does, and so do crests and edges: whoever looks does not
+    # know the background but from the pixels around. A slope differs from their mean by nothing.
+    around = F.avg_pool2d(expected, 7, stride=1, padding=3, count_include_pad=False)
     variance = expected + readout.sigma_BPHW.square() + (background.grain_BPHW * area).square()
+    variance = variance + (_STRUCTURE * (expected - around)).square()
     images = [
         readout.excess_BPHW - expected,
         variance + EMPTY_VARIANCE,
