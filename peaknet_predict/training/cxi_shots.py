@@ -1,51 +1,22 @@
 """Measured frames with peak lists, from CXI files, as the data of a training run.
 
-Shape legend: B events of a batch, P panels of an event, H rows, W columns, h rows and w columns of
-a crop, M peaks.
+Shape legend: B events of a batch, P panels of an event, H rows, W columns, M peaks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import h5py
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from peaknet_predict.sources.base import resolve_paths
 from peaknet_predict.training.augment import turned
+from peaknet_predict.training.crops import Crop, Crops, inspect_file, num_peaks
 from peaknet_predict.training.labels import IGNORED, MAX_RADIUS, draw_labels
 from peaknet_predict.training.shots import LabelledShots
-
-_LISTS = ("nPeaks", "peakXPosRaw", "peakYPosRaw")
-_BEYOND_PX = 5.0
-"""Peaks whose centres lie so far outside of a crop reach into it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
-    data: str
-    lists: str
-    mask: str | None
-    num_events: int
-    panels: int
-    height: int
-    width: int
-
-
-@dataclass(slots=True)
-class _Crop:
-    """One sample: pixels (h, w) float32 with NaN where there are none, peaks (M, 2) y, x."""
-
-    pixels: npt.NDArray[np.float32]
-    peaks: npt.NDArray[np.float32]
 
 
 class CxiShots(L.LightningDataModule):
@@ -120,31 +91,31 @@ class CxiShots(L.LightningDataModule):
         self.peak_radius_px = peak_radius_px
         self.batch_size = batch_size
         self.num_workers = num_workers
-        files = [_inspect(file, data, peaks, panel_height) for file in resolve_paths(path)]
+        files = [inspect_file(file, data, peaks, panel_height) for file in resolve_paths(path)]
         events = [(number, row) for number, f in enumerate(files) for row in range(f.num_events)]
         if len(events) < 2:
             raise ValueError(
                 f"{path}: {len(events)} events; at least 2 are needed, one of them to validate on"
             )
-        if not sum(_num_peaks(file) for file in files):
+        if not sum(num_peaks(file) for file in files):
             raise ValueError(
                 f"{path}: the lists of all {len(events)} events are empty, so there is nothing to "
                 "learn; run peaknet-predict (or another finder) with write-cxi first"
             )
         order = np.random.default_rng(seed).permutation(len(events))
         num_val = max(1, round(val_fraction * len(events)))
-        self._val = _Crops(files, [events[i] for i in order[:num_val]], height, width, seed)
-        self._train = _Crops(files, [events[i] for i in order[num_val:]], height, width, seed + 1)
+        self._val = Crops(files, [events[i] for i in order[:num_val]], height, width, seed)
+        self._train = Crops(files, [events[i] for i in order[num_val:]], height, width, seed + 1)
 
-    def train_dataloader(self) -> DataLoader[_Crop]:
+    def train_dataloader(self) -> DataLoader[Crop]:
         """Return a loader with one crop of every training event, other ones in every epoch."""
         return self._loader(self._train, moves_on=True)
 
-    def val_dataloader(self) -> DataLoader[_Crop]:
+    def val_dataloader(self) -> DataLoader[Crop]:
         """Return a loader with one crop of every validation event, always the same."""
         return self._loader(self._val, moves_on=False)
 
-    def _loader(self, crops: _Crops, moves_on: bool) -> DataLoader[_Crop]:
+    def _loader(self, crops: Crops, moves_on: bool) -> DataLoader[Crop]:
         assert self.trainer is not None
         return DataLoader(
             crops,
@@ -191,69 +162,7 @@ class _Numbers(Sampler[int]):
         yield from (first + k * ranks + self._trainer.global_rank for k in range(self._share))
 
 
-class _Crops(Dataset[_Crop]):
-    """Crop number n: of one of the events, all of which have their turn before the first again."""
-
-    def __init__(
-        self,
-        files: list[_File],
-        events: list[tuple[int, int]],
-        height: int,
-        width: int,
-        seed: int,
-    ) -> None:
-        self.events = events
-        self._files, self._size, self._seed = files, (height, width), seed
-        self._open: dict[int, Any] = {}  # every process that reads has its own
-
-    def __getitem__(self, number: int) -> _Crop:
-        turn, place = divmod(number, len(self.events))
-        order = np.random.default_rng((self._seed, turn)).permutation(len(self.events))
-        which, row = self.events[order[place]]
-        return self._crop(which, row, np.random.default_rng((self._seed, turn, place, 1)))
-
-    def _crop(self, which: int, row: int, rng: np.random.Generator) -> _Crop:
-        file = self._files[which]
-        if which not in self._open:
-            self._open[which] = h5py.File(file.path, "r")
-        h5 = self._open[which]
-        panel = int(rng.integers(file.panels))
-        height, width = min(self._size[0], file.height), min(self._size[1], file.width)
-        top = int(rng.integers(file.height - height + 1))
-        left = int(rng.integers(file.width - width + 1))
-        pixels = np.full(self._size, np.nan, dtype=np.float32)
-        place = panel, slice(top, top + height), slice(left, left + width)
-        good = np.ones((height, width), dtype=np.bool_)
-        if file.mask is not None:
-            mask = h5[file.mask]
-            frames_of_events = mask.ndim == h5[file.data].ndim
-            good = _part(mask, row if frames_of_events else None, file, *place) == 0
-        values = _part(h5[file.data], row, file, *place)
-        pixels[:height, :width] = np.where(good, values.astype(np.float32), np.nan)
-
-        lists = h5[file.lists]
-        count = int(lists["nPeaks"][row])
-        x, stacked_y = (lists[name][row, :count].astype(np.float64) for name in _LISTS[1:])
-        y = stacked_y - panel * file.height
-        on_panel = (y > -0.5) & (y < file.height - 0.5)
-        y, x = y - top, x - left
-        near = on_panel & (y > -_BEYOND_PX) & (y < height + _BEYOND_PX)
-        near &= (x > -_BEYOND_PX) & (x < width + _BEYOND_PX)
-        return _Crop(pixels, np.column_stack([y[near], x[near]]).astype(np.float32))
-
-
-def _part(
-    dataset: Any, row: int | None, file: _File, panel: int, rows: slice, columns: slice
-) -> npt.NDArray[Any]:
-    """Read a part of one panel, of a stack or of an array with a dimension for panels."""
-    event = () if row is None else (row,)
-    if dataset.ndim - len(event) == 3:
-        return np.asarray(dataset[(*event, panel, rows, columns)])
-    first = panel * file.height
-    return np.asarray(dataset[(*event, slice(first + rows.start, first + rows.stop), columns)])
-
-
-def _collate(crops: list[_Crop]) -> LabelledShots:
+def _collate(crops: list[Crop]) -> LabelledShots:
     """Make a batch of one panel an event; labels are drawn later."""
     images_BPHW = torch.from_numpy(np.stack([crop.pixels for crop in crops])[:, np.newaxis])
     rows = [
@@ -264,51 +173,3 @@ def _collate(crops: list[_Crop]) -> LabelledShots:
     # Lists do not say what `snr` says of simulated peaks; all of theirs are to be found.
     snr_M = torch.full((len(peaks_M4),), torch.inf)
     return LabelledShots(images_BPHW, torch.empty(0, dtype=torch.uint8), peaks_M4, snr_M)
-
-
-def _inspect(path: Path, data: str, peaks: str, panel_height: int | None) -> _File:
-    try:
-        h5 = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened as HDF5: {error}") from error
-    with h5:
-        frames = h5.get(data)
-        lists = {name: h5.get(f"{peaks}/{name}") for name in _LISTS}
-        missing = [f"{peaks}/{name}" for name, found in lists.items() if found is None]
-        if not isinstance(frames, h5py.Dataset) or missing:
-            lacking = ", ".join([] if frames is not None else [data]) or ", ".join(missing)
-            raise ValueError(
-                f"{path} has no dataset {lacking}: name the frames with `data` and the group of "
-                "the peak lists with `peaks`"
-            )
-        num_events = int(frames.shape[0]) if frames.ndim else 0
-        if frames.ndim not in (3, 4) or frames.dtype.kind not in "iuf":
-            raise ValueError(
-                f"{path}: {data} has shape {frames.shape} and dtype {frames.dtype}; expected real "
-                "numbers (N, rows, columns) or (N, P, H, W)"
-            )
-        if any(lists[name].shape[:1] != (num_events,) for name in _LISTS):
-            shapes = ", ".join(f"{name} {lists[name].shape}" for name in _LISTS)
-            raise ValueError(f"{path}: {num_events} frames, but peak lists of shape {shapes}")
-        if frames.ndim == 4:
-            panels, height = int(frames.shape[1]), int(frames.shape[2])
-        else:
-            rows = int(frames.shape[1])
-            panels = int(frames.parent.attrs.get("panels", 1))
-            height = panel_height or rows // panels
-            if rows % height:
-                raise ValueError(
-                    f"{path}: the {rows} rows of {data} are not a multiple of panel_height={height}"
-                )
-            panels = rows // height
-        mask = f"{data.rpartition('/')[0]}/mask"
-        has_mask = isinstance(h5.get(mask), h5py.Dataset)
-        width = int(frames.shape[-1])
-        return _File(
-            path, data, peaks, mask if has_mask else None, num_events, panels, height, width
-        )
-
-
-def _num_peaks(file: _File) -> int:
-    with h5py.File(file.path, "r") as h5:
-        return int(np.sum(h5[file.lists]["nPeaks"][()]))
