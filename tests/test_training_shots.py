@@ -40,7 +40,7 @@ from peaknet_predict.training.lattices import draw_axes, find_reflections
 from peaknet_predict.training.shots import LabelledShots, ShotSimulator
 from peaknet_predict.training.spots import Shapes, render
 from peaknet_predict.training.tiles import GAP_PX, TILE_PX, Tiling, draw_tiling
-from peaknet_predict.training.truth import Scene, judge
+from peaknet_predict.training.truth import Scene, judge, label
 
 CPU = torch.device("cpu")
 DOMAINS: tuple[Domain, Domain] = ("training", "held_out")
@@ -293,6 +293,15 @@ def test_a_spot_on_dead_pixels_is_ignored_and_one_in_a_gap_is_none() -> None:
     scene.tiling.gap_BPHW = scene.readout.bad_BPHW
     peak, ignored = judge(spots, scene)
     assert (bool(peak), bool(ignored)) == (False, False)
+
+
+def test_a_plateau_is_ignored_beyond_its_disc() -> None:
+    spots, scene = scene_of(1e6, 1.0, 0.1)
+    scene.readout.saturated_BPHW = scene.planted_BPHW > 100
+    labels = label(spots, *judge(spots, scene), scene)
+    assert labels[0, 0, 16, 16] == PEAK
+    assert labels[0, 0, 16, 19] == IGNORED
+    assert labels[0, 0, 16, 25] == BACKGROUND
 
 
 # --- shots ----------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class ShotSimulator:
         place = [event, image - event * P, merged.y_M[listed], merged.x_M[listed]]
         return LabelledShots(
             images_BPHW=readout.images_BPHW,
-            labels_BPHW=label(merged, peak_M & ~blurred_M, ignored_M | blurred_M, tiling),
+            labels_BPHW=label(merged, peak_M & ~blurred_M, ignored_M | blurred_M, scene),
             peaks_M4=torch.stack(place, dim=1),
             snr_M=snr_M[listed],
         )

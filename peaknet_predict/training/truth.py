@@ -118,11 +118,16 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     return peak, (faint | (hidden & on_panel)) & ~peak
 
 
-def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, tiling: Tiling) -> Tensor:
-    """Draw the labels of judged spots, (B, P, H, W) uint8."""
-    B, P, H, W = tiling.gap_BPHW.shape
+def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, scene: Scene) -> Tensor:
+    """Draw the labels of judged spots, (B, P, H, W) uint8.
+
+    A plateau that spots have filled is ignored beyond their discs: nothing on it tells its middle
+    from its rim.
+    """
+    B, P, H, W = scene.planted_BPHW.shape
     radius = disc_radius(spots.sigma_M)
-    labels = torch.zeros(B * P, H, W, dtype=torch.uint8, device=radius.device)
+    full = scene.readout.saturated_BPHW & (scene.planted_BPHW > scene.background.photons_BPHW)
+    labels = (full * IGNORED).to(torch.uint8).flatten(0, 1)
     for chosen, value in ((ignored_M, IGNORED), (peak_M, PEAK)):
         index = torch.nonzero(chosen).squeeze(1)
         labels = paint(
