@@ -260,10 +260,8 @@ class PeakNetModule(TrainingSteps):
         )
 
     def on_fit_start(self) -> None:
-        """Choose how the network is run: at full resolution, in the GPU's favourite layout."""
+        """Choose how the network is run: as it is, at full resolution."""
         self._fast.network = None
-        if self.device.type == "cuda":
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._prepare, self._stride, self._network = self.preprocess.forward, 1, self.net.forward
         if self.compile_net:
             self._prepare = torch.compile(self._prepare, dynamic=False)

@@ -242,7 +242,9 @@ def test_the_last_weights_are_validated_in_the_midst_of_an_epoch(
 
 
 class FakeTrainer:
-    """What the data modules ask of a Trainer."""
+    """What the data modules, and a module's setup, ask of a Trainer."""
+
+    precision = "32-true"
 
     def __init__(self, rank: int = 0, ranks: int = 1, training: bool = True) -> None:
         self.global_rank, self.world_size, self.training = rank, ranks, training
@@ -424,7 +426,7 @@ def test_files_that_cannot_teach_name_the_reason(tmp_path: Path) -> None:
 def test_a_fresh_network_expects_few_peaks() -> None:
     torch.manual_seed(0)
     module = PeakNetModule(PeakNet(**NET), [LocalNorm(), MergeBatchChannelDims()])
-    module.trainer = type("Trainer", (), {"precision": "32-true"})()
+    module.trainer = FakeTrainer()  # type: ignore[assignment]
     images = torch.randn(2, 1, 64, 64)
     before = module.net(images).detach()
     module.setup("fit")

@@ -42,8 +42,9 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     path
         The name of a file that comes with this program, without its suffix (``peaknet_small``); or
         the path of a ``.safetensors``, or of a ``.pt`` / ``.pth`` with a state dict of tensors,
-        bare or under one of the keys ``model``, ``state_dict``, ``module`` and ``model_state_dict``. Prefixes
-        ``_orig_mod.`` and ``module.`` that all names share are removed.
+        bare or under one of the keys ``model``, ``state_dict``, ``module`` and
+        ``model_state_dict``. Prefixes ``_orig_mod.`` and ``module.`` that all names share are
+        removed.
 
     Returns
     -------

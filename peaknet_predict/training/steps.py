@@ -53,7 +53,7 @@ class TrainingSteps(L.LightningModule):
         self._scores = Scores()
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and give a fresh network its first guess."""
+        """Check the precision, lay the weights out, and give a fresh network its first guess."""
         if stage != "fit":
             return
         if str(self.trainer.precision) not in _PRECISIONS:
@@ -63,6 +63,9 @@ class TrainingSteps(L.LightningModule):
             )
         if isinstance(self.net, PeakNet) and self.net.weights_sha256 is None:
             self.net.add_to_peak_logit(math.log(_RARE / (1 - _RARE)))
+        if self.trainer.strategy.root_device.type == "cuda":
+            # Norms and linear layers want channels last; before DDP plans its buckets.
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def configure_optimizers(self) -> Any:
         """Return AdamW, whose rate follows the run's progress in steps or time."""

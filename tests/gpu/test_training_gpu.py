@@ -62,6 +62,7 @@ def test_local_norm_does_not_wait_for_the_gpu(compile: bool, shape: tuple[int, .
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     net = PeakNet((8, 16), (1, 1), 8, head_channels=8, head_groups=2, learned_upsample=True)
     module = PeakNetModule(net, [LocalNorm(), PadToMultiple(32), MergeBatchChannelDims()]).cuda()
+    module.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.on_fit_start()
     pixels = images(2, 2, 64, 64).cuda()
     labels = (pixels > 3000).to(torch.uint8)
