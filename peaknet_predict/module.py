@@ -22,6 +22,8 @@ from peaknet_predict.ring import Slot
 from peaknet_predict.training.steps import TrainingSteps
 from peaknet_predict.types import EventBatch, Refusal
 
+__all__ = ["PeakNetModule", "PendingPeaks"]
+
 log = logging.getLogger(__name__)
 
 
