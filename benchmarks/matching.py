@@ -17,6 +17,7 @@ from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.types import Peaks
 
 Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 RADIUS_PX = 2.0
 """A found and a planted peak may belong together within this distance, pixels."""
@@ -34,7 +35,7 @@ CROWDED_PX = 5.0
 _APART = np.array([1e6, 1.0, 1.0])
 
 
-def crowded(planted_M3: Peaks, snr_M: Floats) -> npt.NDArray[np.bool_]:
+def crowded(planted_M3: Peaks, snr_M: Floats) -> Mask:
     """Say of each planted peak whether a stronger one lies within `CROWDED_PX`; (M,) bool."""
     result_M = np.zeros(len(planted_M3), dtype=np.bool_)
     if len(planted_M3) < 2:
@@ -43,6 +44,19 @@ def crowded(planted_M3: Peaks, snr_M: Floats) -> npt.NDArray[np.bool_]:
     first_is_weaker = snr_M[pairs[:, 0]] <= snr_M[pairs[:, 1]]
     result_M[np.where(first_is_weaker, pairs[:, 0], pairs[:, 1])] = True
     return result_M
+
+
+def _lies_in(peaks_M3: Peaks, mask_PHW: Mask | None, reach_px: int = 0) -> Mask:
+    """Say of each peak whether a mask is set on its pixel or so many pixels beside it; (M,)."""
+    if mask_PHW is None or not len(peaks_M3):
+        return np.zeros(len(peaks_M3), dtype=np.bool_)
+    offset = np.arange(-reach_px, reach_px + 1)
+    panel_M, y_M, x_M = np.rint(peaks_M3).astype(np.int64).T
+    _, height, width = mask_PHW.shape
+    y_MK = np.clip(y_M[:, None] + offset, 0, height - 1)
+    x_MK = np.clip(x_M[:, None] + offset, 0, width - 1)
+    around = mask_PHW[panel_M[:, None, None], y_MK[:, :, None], x_MK[:, None, :]]
+    return np.asarray(around.any(axis=(1, 2)))
 
 
 class Share(NamedTuple):
@@ -104,6 +118,8 @@ class Score:
         For each hit, the expected share of peaks at random places that would be near a planted one.
     refused
         Events that the finder could not take.
+    not_asked
+        Strong planted peaks that do not count: ice, on bad pixels, of next to no photons.
     """
 
     listed: list[int] = field(default_factory=list)
@@ -116,6 +132,7 @@ class Score:
     blank_panels: list[int] = field(default_factory=list)
     chance: list[float] = field(default_factory=list)
     refused: int = 0
+    not_asked: int = 0
 
     def add_hit(
         self,
@@ -123,25 +140,43 @@ class Score:
         snr_M: Floats,
         found_F3: Peaks,
         num_pixels: int,
+        ignored_PHW: Mask | None = None,
     ) -> None:
-        """Count one event with a crystal; `snr_M` is (M,), sigmas, `num_pixels` the image's."""
+        """Count one event with a crystal.
+
+        Parameters
+        ----------
+        planted_M3, snr_M
+            All planted peaks, and their strengths in sigmas.
+        found_F3
+            The finder's.
+        num_pixels
+            Of the image.
+        ignored_PHW
+            Pixels where peaks are neither asked for nor false.
+        """
         index_M, distance_M = match_peaks(planted_M3, found_F3, RADIUS_PX)
         matched_M = index_M >= 0
-        strong_M = snr_M >= STRONG
+        # Ignored peaks take their found ones with them.
+        asked_M, free_F = ~_lies_in(planted_M3, ignored_PHW), ~_lies_in(found_F3, ignored_PHW, 2)
+        free_F[index_M[matched_M]] = asked_M[matched_M]
+        self.not_asked += int((~asked_M & (snr_M >= STRONG)).sum())
+        matched_M &= asked_M
+        strong_M = (snr_M >= STRONG) & asked_M
         for (low, high), planted, found in zip(BANDS, self.planted, self.found, strict=True):
-            in_band_M = (snr_M >= low) & (snr_M < high)
+            in_band_M = (snr_M >= low) & (snr_M < high) & asked_M
             planted.append(int(in_band_M.sum()))
             found.append(int((in_band_M & matched_M).sum()))
-        self.listed.append(len(found_F3))
+        self.listed.append(int(free_F.sum()))
         self.true.append(int(matched_M.sum()))
         missed_M = strong_M & ~matched_M
         self.missed_crowded += int((missed_M & crowded(planted_M3, snr_M)).sum())
         self.errors_px += distance_M[strong_M & matched_M].tolist()
         self.chance.append(len(planted_M3) * np.pi * RADIUS_PX**2 / num_pixels)
 
-    def add_blank(self, found_F3: Peaks, panels: int) -> None:
-        """Count one event without a crystal."""
-        self.blank_peaks.append(len(found_F3))
+    def add_blank(self, found_F3: Peaks, panels: int, ignored_PHW: Mask | None = None) -> None:
+        """Count one event without a crystal; parameters as in `add_hit`."""
+        self.blank_peaks.append(int((~_lies_in(found_F3, ignored_PHW, 2)).sum()))
         self.blank_panels.append(panels)
 
     def recall(self, low: float, high: float = np.inf) -> Share:

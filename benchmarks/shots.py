@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.geometry import Geometry, simulator_geometry
+from benchmarks.ideal import Ideal
 from peaknet_predict.sources import Simulator
 from peaknet_predict.types import Image, Peaks
 
@@ -32,12 +33,16 @@ class Shot:
         Planted peaks, see `Peaks`, and their signal-to-noise ratios (M,), sigmas; down to 1.
     photon_energy_ev
         eV; NaN where the data set has no geometry.
+    ignored_PHW
+        bool: pixels where a finder may list a peak or not, or None for nowhere. Planted peaks there
+        are not asked for.
     """
 
     image_PHW: Image
     peaks_M3: Peaks
     snr_M: npt.NDArray[np.float64]
     photon_energy_ev: float
+    ignored_PHW: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(slots=True)
@@ -54,6 +59,9 @@ class DataSet:
         Where its pixels are; None where every shot has another geometry.
     cell
         a, b, c in Angstrom, alpha, beta, gamma in degrees; None where every shot has another.
+    ideal
+        Finders that are told background, noise and bad pixels, for the hits and for the blanks;
+        None where these are not known.
     """
 
     name: str
@@ -61,6 +69,7 @@ class DataSet:
     blanks: list[Shot]
     geometry: Geometry | None = None
     cell: tuple[float, float, float, float, float, float] | None = None
+    ideal: tuple[Ideal, Ideal] | None = None
 
 
 CELL = (93.0, 93.0, 131.0, 90.0, 90.0, 120.0)
@@ -105,13 +114,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def simulated(name: str, events: int, seed: int) -> DataSet:
     """Make one of `SETTINGS` with as many hits, and as many blanks."""
     settings: dict[str, Any] = {"cell": CELL, **SETTINGS[name]}
-    # Other noise for the blanks, and other bad pixels.
+    # Other noise for the blanks.
     hits = Simulator(events, seed=seed, hit_fraction=1.0, **settings)
     blanks = Simulator(events, seed=seed + 1, hit_fraction=0.0, **settings)
     geometry = simulator_geometry(
         *(settings.get(key, default) for key, default in _GEOMETRY_DEFAULTS.items())
     )
-    return DataSet(name, _shots(hits), _shots(blanks), geometry, settings["cell"])
+    gain = settings.get("gain_adu_per_photon", 30.0)
+    rounding = 0.0 if settings.get("dtype", "float32") == "float32" else 1.0 / 12.0
+    noise = float(np.sqrt(settings.get("readout_noise_adu", 9.0) ** 2 + rounding)) / gain
+    shots = _shots(hits), _shots(blanks)
+    # The background is the same in all events; the bad pixels are those of each seed.
+    background_PHW = hits.background_photons
+    ideal = tuple(
+        Ideal.of([shot.image_PHW for shot in some], background_PHW, noise, gain) for some in shots
+    )
+    return DataSet(name, *shots, geometry, settings["cell"], (ideal[0], ideal[1]))
 
 
 _GEOMETRY_DEFAULTS: dict[str, Any] = {
@@ -146,10 +164,17 @@ def held_out(events: int, seed: int, device: str) -> DataSet:
 
 
 def _labelled(simulator: Any, index: int, device: torch.device) -> Shot:
+    from peaknet_predict.training.labels import IGNORED
+
     shots = simulator.shots(index, 1, device)
     peaks_M4 = shots.peaks_M4.cpu().numpy().astype(np.float64)
-    snr_M = shots.snr_M.cpu().numpy().astype(np.float64)
-    return Shot(shots.images_BPHW[0].cpu().numpy(), peaks_M4[:, 1:], snr_M, float("nan"))
+    return Shot(
+        shots.images_BPHW[0].cpu().numpy(),
+        peaks_M4[:, 1:],
+        shots.snr_M.cpu().numpy().astype(np.float64),
+        float("nan"),
+        (shots.labels_BPHW[0] == IGNORED).cpu().numpy(),
+    )
 
 
 DATA_SETS: dict[str, Callable[[int, int, str], DataSet]] = {

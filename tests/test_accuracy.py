@@ -66,6 +66,66 @@ def test_of_peaks_close_together_the_weaker_is_crowded() -> None:
     assert weaker_M.tolist() == [False, True, False, False]
 
 
+def test_what_is_ignored_is_neither_missed_nor_false() -> None:
+    ignored_PHW = np.zeros((2, 60, 60), dtype=np.bool_)
+    ignored_PHW[0, 20:24, 20:24] = ignored_PHW[1, 5, 5] = True
+    planted_M3 = np.array([[0.0, 22, 22], [0, 40, 40], [1, 30, 30]])
+    # Beside the first ignored region; on the second; matched; false.
+    found_F3 = np.array([[0.0, 22, 25.4], [1, 5, 5], [0, 40, 41], [1, 50, 50]])
+    score = Score()
+    score.add_hit(planted_M3, np.array([9.0, 9.0, 9.0]), found_F3, 7200, ignored_PHW)
+    score.add_blank(found_F3, 2, ignored_PHW)
+    assert (score.true, score.listed) == ([1], [2])
+    assert (score.recall(5.0).part, score.recall(5.0).whole) == (1, 2)
+    assert score.not_asked == 1
+    assert score.blank_peaks == [2]
+
+
+def test_a_found_peak_leaves_with_the_ignored_one_that_it_belongs_to() -> None:
+    ignored_PHW = np.zeros((1, 60, 60), dtype=np.bool_)
+    ignored_PHW[0, 20, 20] = True
+    score = Score()
+    found_F3 = np.array([[0.0, 20, 21.9]])
+    score.add_hit(np.array([[0.0, 20, 20]]), np.array([9.0]), found_F3, 3600, ignored_PHW)
+    assert (score.true, score.listed, score.recall(5.0).whole) == ([0], [0], 0)
+
+
+def test_the_ideal_finder_finds_more_than_local_snr_and_no_more_false_ones() -> None:
+    settings = {"default": {**SETTINGS["default"], "panels": 2, "height": 256, "width": 256}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SETTINGS, "default", settings["default"])
+        data_set = simulated("default", 6, seed=21)
+    pair = accuracy.ideal_score(data_set)
+    assert pair is not None
+    score, _ = accuracy.score(data_set, accuracy.Candidate("LocalSnr", local_snr(), False), find)
+    ideal = pair[1]
+    assert ideal.recall(5.0).value > 0.98
+    assert ideal.recall(3.0, 5.0).value > score.recall(3.0, 5.0).value + 0.2
+    assert ideal.precision.value >= accuracy.MIN_PRECISION
+    assert ideal.error_px(0.5) < score.error_px(0.5)
+
+
+def test_what_is_not_possible_is_not_asked_for() -> None:
+    candidate = accuracy.Candidate("network", local_snr(), True)
+    planted = [[0, 10 * k, 10.0] for k in range(1, 11)]
+    its, ideal = (
+        counted(planted, [4.0] * 10, planted[:6]),
+        counted(planted, [4.0] * 10, planted[:6]),
+    )
+    sweep = [(accuracy.Candidate("LocalSnr", local_snr(), False), counted(planted, [4.0] * 10, []))]
+    asked = {
+        told is None: next(
+            check
+            for check in accuracy.checks("set", candidate, its, sweep, told)
+            if "at 3 to 5" in check.asked
+        )
+        for told in (None, ideal)
+    }
+    assert not asked[True].holds
+    assert asked[False].holds
+    assert "0.8 is not possible, 0.600 is" in asked[False].asked
+
+
 def test_the_error_of_a_share_is_that_of_events_that_differ() -> None:
     assert share([5, 5], [10, 10]).error == 0.0
     assert share([10, 0], [10, 10]).error == pytest.approx(0.5)
