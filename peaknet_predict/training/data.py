@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -62,6 +65,7 @@ class SimulatedShots(L.LightningDataModule):
         }
         self._seed = seed
         self._batches_made = 0
+        self._ahead: _Ahead | None = None
 
     def train_dataloader(self) -> DataLoader[int]:
         """Return as many numbers as an epoch has steps."""
@@ -79,8 +83,16 @@ class SimulatedShots(L.LightningDataModule):
         if not self.trainer.training:
             return self._simulators["held_out"].shots(batch, self.batch_size, device)
         # Its own count: the loader's starts again with every epoch.
-        index = self._batches_made * self.trainer.world_size + self.trainer.global_rank
+        world_size = self.trainer.world_size
+        index = self._batches_made * world_size + self.trainer.global_rank
         self._batches_made += 1
+        if device.type != "cuda":
+            return self._training_batch(index, device)
+        if self._ahead is None:
+            self._ahead = _Ahead(self._training_batch, device)
+        return self._ahead.batch(index, index + world_size)
+
+    def _training_batch(self, index: int, device: torch.device) -> LabelledShots:
         shots = self._simulators["training"].shots(index, self.batch_size, device)
         images, labels = turned([shots.images_BPHW, shots.labels_BPHW], hash((self._seed, index)))
         return LabelledShots(images, labels, *_no_peaks(shots))
@@ -92,6 +104,40 @@ class SimulatedShots(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._batches_made = state_dict["batches_made"]
+
+
+class _Ahead:
+    """Makes the batch after the one asked for while the device trains on that.
+
+    The simulator starts some two thousand small kernels a batch: starting them takes the host as
+    long as the device needs for a training step. A thread with a stream of its own does it
+    meanwhile.
+    """
+
+    def __init__(
+        self, make: Callable[[int, torch.device], LabelledShots], device: torch.device
+    ) -> None:
+        self._make, self._device = make, device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shots")
+        self._next: tuple[int, Future[tuple[LabelledShots, torch.cuda.Event]]] | None = None
+
+    def batch(self, index: int, next_index: int) -> LabelledShots:
+        """Return a batch, ready for the current stream, and begin with the one after."""
+        if self._next is None or self._next[0] != index:
+            self._next = index, self._thread.submit(self._on_own_stream, index)
+        shots, made = self._next[1].result()
+        self._next = next_index, self._thread.submit(self._on_own_stream, next_index)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(made)
+        for tensor in (shots.images_BPHW, shots.labels_BPHW, shots.peaks_M4, shots.snr_M):
+            # Its memory belongs to the other stream, which must not have it back too early.
+            tensor.record_stream(stream)
+        return shots
+
+    def _on_own_stream(self, index: int) -> tuple[LabelledShots, torch.cuda.Event]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            return self._make(index, self._device), self._stream.record_event()
 
 
 def _no_peaks(shots: LabelledShots) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ from peaknet_predict.training.labels import IGNORED, PEAK, Merged, disc_radius, 
 from peaknet_predict.training.spots import pixel_share
 from peaknet_predict.training.tiles import Tiling
 
-PEAK_SIGNIFICANCE, FAINT_SIGNIFICANCE = 5.0, 3.0
+PEAK_SIGNIFICANCE, FAINT_SIGNIFICANCE = 4.5, 3.0
 """Signal-to-noise ratio, as a matched filter has it, from which on a spot is a peak, and from which
-on it is ignored; below it is background. At 5, one spot of 65536 places is due to chance in 50
-panels; at 3, nobody could tell."""
+on it is ignored; below it is background. At 4.5, noise alone reaches one of 65536 places in every
+fifth panel: there the network has to weigh noise and spots; at 3, nobody could tell."""
 
 PEAK_PHOTONS, FAINT_PHOTONS = 4.0, 2.0
 """Photons that a peak, and an ignored one, has at least: on an empty background a photon, or two in
