@@ -20,6 +20,7 @@ from peaknet_predict.preprocess import Preprocess
 from peaknet_predict.training.labels import IGNORED
 
 if TYPE_CHECKING:
+    from peaknet_predict.peaks.finder import PeakFinder
     from peaknet_predict.training.shots import LabelledShots
 
 MATCH_PX = 2.0
@@ -38,6 +39,9 @@ THRESHOLDS = tuple(np.arange(-3.0, 5.01, 0.25).tolist())
 
 OPERATING_POINT = "peaknet_predict_operating_point"
 """Key of a checkpoint under which the figures of its last validation are."""
+
+_MAX_PEAKS_PER_PANEL = 2048
+"""Room in the peak finder's table; panels with more are found by it as well, but slowly."""
 
 _DISTANCE_BINS = 200
 """Of the histogram from which the median distance comes, 0.01 pixels wide."""
@@ -104,6 +108,7 @@ class Scores:
         self.counts_TK = torch.zeros(
             len(THRESHOLDS), len(_COUNTS) + _DISTANCE_BINS, dtype=torch.float64
         )
+        self._finder: PeakFinder | None = None
 
     def add(
         self, odds_NHW: Tensor, valid_NHW: Tensor, shots: LabelledShots, preprocess: Preprocess
@@ -125,10 +130,34 @@ class Scores:
         snr_M = shots.snr_M.cpu().numpy()
         labels_BPHW = shots.labels_BPHW.cpu().numpy()
         for row, threshold in enumerate(THRESHOLDS):
-            table = _find((odds_NHW > threshold) & valid_NHW)
+            table = self._find((odds_NHW > threshold) & valid_NHW)
             found_K3 = _in_original_frame(table, shots, preprocess)
             counts_K = _count(known_M3, snr_M, known_of_panel, found_K3, labels_BPHW)
             self.counts_TK[row] += torch.from_numpy(counts_K)
+
+    def _find(self, class_map_NHW: Tensor) -> PeakTable:
+        if class_map_NHW.device.type == "cuda":
+            # On a GPU without CuPy training goes on; only validation takes longer.
+            with contextlib.suppress(ImportError):
+                return self._finder_for(class_map_NHW).enqueue(class_map=class_map_NHW).table()
+        return find_peaks(class_map_NHW.cpu())
+
+    def _finder_for(self, class_map_NHW: Tensor) -> PeakFinder:
+        """Return the finder for all thresholds, of which the lowest ones find many peaks."""
+        from peaknet_predict.peaks.finder import PeakFinder
+
+        num_panels, height, width = class_map_NHW.shape
+        finder = self._finder
+        if finder is None or (finder.max_panels, finder.height, finder.width) != (
+            num_panels,
+            height,
+            width,
+        ):
+            finder = PeakFinder(
+                num_panels, height, width, _MAX_PEAKS_PER_PANEL, class_map_NHW.device
+            )
+            self._finder = finder
+        return finder
 
     def figures(self) -> list[Figures]:
         """Return what each threshold achieves, in the order of `THRESHOLDS`."""
@@ -155,13 +184,6 @@ def operating_point(figures: list[Figures]) -> Figures:
         # In the middle, farthest from where it would become worse.
         return equals[len(equals) // 2]
     return max(figures, key=lambda f: f.f1)
-
-
-def _find(class_map_NHW: Tensor) -> PeakTable:
-    # On a GPU without CuPy training goes on; only validation takes longer.
-    with contextlib.suppress(ImportError):
-        return find_peaks(class_map_NHW)
-    return find_peaks(class_map_NHW.cpu())
 
 
 def _flat_panels(

@@ -115,6 +115,7 @@ class TrainingSteps(L.LightningModule):
             counts_TK = self.trainer.strategy.reduce(counts_TK, reduce_op="sum").cpu()
             self._scores.counts_TK = counts_TK
         figures = self._scores.figures()
+        self._scores = Scores()  # lets go of the GPU's memory
         self.operating_point = operating_point(figures)
         best = max(f.f1 for f in figures)
         # The same on all ranks; said to be synchronised, or Lightning warns.

@@ -10,6 +10,7 @@ from peaknet_predict.models import PeakNet
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import LocalNorm, MergeBatchChannelDims, PadToMultiple, Preprocess
 from peaknet_predict.training.loss import focal_loss
+from peaknet_predict.training.metrics import Scores
 from peaknet_predict.training.shots import LabelledShots
 
 pytestmark = [
@@ -29,6 +30,22 @@ def images(*shape: int) -> Tensor:
 
 def chain() -> Preprocess:
     return Preprocess([LocalNorm(), PadToMultiple(32), MergeBatchChannelDims()])
+
+
+def test_scores_are_the_same_on_a_gpu_and_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.zeros(2, 3, 96, 90)
+    labels = torch.zeros(pixels.shape, dtype=torch.uint8)
+    places = torch.rand(40, 4, generator=generator) * torch.tensor([2.0, 3, 90, 80])
+    peaks = torch.cat([places[:, :2].floor(), places[:, 2:]], dim=1)
+    shots = LabelledShots(pixels, labels, peaks, torch.rand(40, generator=generator) * 9)
+    odds = torch.randn(6, 96, 96, generator=generator) * 2
+    valid = chain()(pixels).valid_N1HW[:, 0]
+    expected, scores = Scores(), Scores()
+    expected.add(odds, valid, shots, chain())
+    on_gpu = LabelledShots(pixels.cuda(), labels.cuda(), shots.peaks_M4.cuda(), shots.snr_M.cuda())
+    scores.add(odds.cuda(), valid.cuda(), on_gpu, chain())
+    assert torch.equal(scores.counts_TK, expected.counts_TK)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 185, 388), (1, 2, 512, 512)])
