@@ -46,6 +46,9 @@ _WIDTH = 0.12
 _KEPT_DIRECTIONS, _KEPT_ROTATIONS = 200, 30
 """Of each stage, how many go on to the next."""
 
+_MAX_USED = 150
+"""Peaks that are enough to find an orientation by; the search's time grows with them."""
+
 _CHUNK = 4_000_000
 """Numbers held at once."""
 
@@ -149,6 +152,10 @@ class LatticeSearch:
         """
         norm_M = np.linalg.norm(q_M3, axis=1)
         used_M3 = q_M3[norm_M <= self.max_q]
+        if len(used_M3) > _MAX_USED:
+            # Of all resolutions some; all are counted once there are orientations to refine.
+            by_norm = np.argsort(np.linalg.norm(used_M3, axis=1))
+            used_M3 = used_M3[by_norm[np.linspace(0, len(used_M3) - 1, _MAX_USED).astype(int)]]
         if len(used_M3) < 3:
             return self.orientation(np.eye(3), q_M3)
         used = self._on_device(used_M3)
