@@ -8,15 +8,13 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
-from scipy.spatial import cKDTree
 
 from callbacks.cxi_output import CxiOutput
 from callbacks.lookup import callback_of
 from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.data import QueueDataModule
+from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.sources import Simulator
-from peaknet_predict.types import Peaks
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +109,10 @@ def score_files(paths: list[Path], simulator: Simulator, min_snr: float, radius_
         planted = simulator.planted_peaks(idx)
         peaks = listed.get(idx, np.empty((0, 3)))
         strong = planted.snr >= min_snr
-        matched = _matches(planted.peaks, peaks, radius_px)
+        index, _ = match_peaks(planted.peaks, peaks, radius_px)
+        matched = index >= 0
         score.planted += int(strong.sum())
         score.found += int((matched & strong).sum())
         score.listed += len(peaks)
         score.true += int(matched.sum())
     return score
-
-
-def _matches(planted: Peaks, listed: Peaks, radius_px: float) -> npt.NDArray[np.bool_]:
-    """Say of each planted peak whether a listed one is its own: each is the other's nearest."""
-    if not len(planted) or not len(listed):
-        return np.zeros(len(planted), dtype=np.bool_)
-    # Panels are told apart by a distance that no radius reaches.
-    apart = np.array([1e6, 1.0, 1.0])
-    planted, listed = planted * apart, listed * apart
-    distance, nearest_listed = cKDTree(listed).query(planted)
-    _, nearest_planted = cKDTree(planted).query(listed)
-    mutual: npt.NDArray[np.bool_] = nearest_planted[nearest_listed] == np.arange(len(planted))
-    close: npt.NDArray[np.bool_] = distance <= radius_px
-    return mutual & close

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from peaknet_predict.balance import BalanceError, SurvivedError, queue_balance, write_balance
 from peaknet_predict.data import QueueDataModule, QueueDataset
-from peaknet_predict.module import PendingPeaks
+from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.queues import (
     NativeQueue,
     Queue,

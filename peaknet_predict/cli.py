@@ -1,4 +1,4 @@
-"""The commands: ``peaknet-predict predict | feed | write-cxi | doctor``."""
+"""The commands: ``peaknet-predict predict | feed | write-cxi | fit | export | doctor``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a
   predict     find peaks: input queue -> network -> output queue
   feed        push events from files or the simulator into an input queue
   write-cxi   write results from an output queue to CXI files
+  fit         train a network, on simulated shots or on files with known peaks
+  export      write a checkpoint's network as a weight file for predict
   doctor      check installation, GPU, Ray and a configuration, and say what to do
 
 exit codes: 0 done, every event accounted for; 1 could not do it, the log's last line says why;
@@ -110,6 +112,36 @@ class PredictCLI(LightningCLI):
         )
 
 
+class FitCLI(LightningCLI):
+    """Lightning's command line, cut down to training."""
+
+    def __init__(self, args: Sequence[str] | None) -> None:
+        for harmless in _HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=harmless)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                # Nothing has been averaged before the first step, and validation takes its time.
+                "num_sanity_val_steps": 0,
+                # The data give every process batches of its own.
+                "use_distributed_sampler": False,
+            },
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer ``fit`` alone."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        }
+
+
 class _Started(L.Callback):
     """Tells the supervisor when this rank needs no other any more."""
 
@@ -125,7 +157,7 @@ _HARMLESS_WARNINGS = (
     # Between Lightning and torch; nothing a user could change.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Batches are made where the queue is read; worker processes would only copy them.
-    "The 'predict_dataloader' does not have many workers",
+    r"The '\w+_dataloader' does not have many workers",
 )
 
 
@@ -144,6 +176,8 @@ def main(args: Sequence[str] | None = None) -> int:
         "predict": lambda rest: _predict(None if args is None else ["predict", *rest]),
         "feed": _feed,
         "write-cxi": _write_cxi,
+        "fit": lambda rest: _fit(None if args is None else ["fit", *rest]),
+        "export": _export,
         "doctor": _doctor,
     }
     if not words or words[0] in ("-h", "--help"):
@@ -180,6 +214,20 @@ def run() -> None:
 
 def _predict(args: list[str] | None) -> int:
     return PredictCLI(args).exit_code
+
+
+def _fit(args: list[str] | None) -> int:
+    trainer = FitCLI(args).trainer
+    return EXIT_INCOMPLETE if trainer.interrupted else 0
+
+
+def _export(args: list[str]) -> int:
+    from peaknet_predict.training.export import export_weights
+
+    parser = _parser("export", "Write the network of a checkpoint as a weight file for predict.")
+    parser.add_function_arguments(export_weights)
+    export_weights(**_instantiated(parser, args))
+    return 0
 
 
 def _feed(args: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import os
@@ -53,8 +54,8 @@ def doctor(
     Parameters
     ----------
     configs
-        Configurations of `predict`, as they would be given with ``-c``: parsed together, and
-        everything in them is made (weights are loaded), but nothing runs.
+        Configurations of `predict` or `fit`, as they would be given with ``-c``: parsed together,
+        and everything in them is made (weights are loaded), but nothing runs.
     address
         A Ray cluster to join: ``auto`` or ``host:port``.
     queues
@@ -271,20 +272,46 @@ def _check_code(config: list[str]) -> Iterator[Finding]:
         )
 
 
-def _check_configuration(config: list[str]) -> Iterator[Finding]:
-    from peaknet_predict.cli import PredictCLI
+def _trains(config: list[str]) -> bool:
+    """Whether configurations are of `fit`: their data can be trained on."""
+    import yaml
+    from lightning import LightningDataModule
 
-    class Rehearsal(PredictCLI):
+    name = ""
+    for path in config:
+        data = (yaml.safe_load(Path(path).read_text()) or {}).get("data") or {}
+        name = data.get("class_path", name)
+    module, _, class_name = name.rpartition(".")
+    if not module:
+        return False
+    kind = getattr(importlib.import_module(module), class_name)
+    loader = getattr(kind, "train_dataloader", LightningDataModule.train_dataloader)
+    return loader is not LightningDataModule.train_dataloader
+
+
+def _check_configuration(config: list[str]) -> Iterator[Finding]:
+    from peaknet_predict.cli import FitCLI, PredictCLI
+
+    class Prediction(PredictCLI):
         """Everything is made; nothing runs."""
 
         def predict(self, **kwargs: object) -> None:
             pass
 
+    class Training(FitCLI):
+        """The same."""
+
+        def fit(self, **kwargs: object) -> None:
+            pass
+
     words = [word for path in config for word in ("-c", path)]
     said = io.StringIO()
+    trains = False
     try:
+        trains = _trains(config)
         with contextlib.redirect_stderr(said):
-            model = Rehearsal(["predict", *words]).model
+            cli = Training(["fit", *words]) if trains else Prediction(["predict", *words])
+            model = cli.model
     except SystemExit:
         problem = next(
             (line for line in reversed(said.getvalue().splitlines()) if line.strip()), "see above"
@@ -296,7 +323,7 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
         yield from _check_code(config)
         net = getattr(model, "net", None)
-        if getattr(net, "weights_sha256", "has none") is None:
+        if not trains and getattr(net, "weights_sha256", "has none") is None:
             yield Finding(
                 "warn",
                 f"{type(net).__name__} has no weights, its peaks would be random: set "

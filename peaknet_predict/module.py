@@ -8,77 +8,27 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from peaknet_predict.models.fast import FastForm
-from peaknet_predict.peaks import PeakTable, find_peaks
+from peaknet_predict.peaks import find_peaks
+from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import Prepared, Preprocess, Transform
 from peaknet_predict.ring import Slot
-from peaknet_predict.types import EventBatch, PeakBatch, Refusal, Result
+from peaknet_predict.training.steps import TrainingSteps
+from peaknet_predict.types import EventBatch, Refusal
+
+__all__ = ["PeakNetModule", "PendingPeaks"]
 
 log = logging.getLogger(__name__)
 
 
-class PendingPeaks:
-    """What `PeakNetModule.predict_step` returns: work under way on the device.
-
-    Asking for the result waits for this batch alone, not for batches enqueued after it.
-    """
-
-    def __init__(self, batch: EventBatch, refused: list[Refusal]) -> None:
-        self._batch = batch
-        self._refused = refused
-        self._preprocess: Preprocess | None = None
-        self._is_done: Callable[[], bool] = lambda: True
-        self._find: Callable[[], tuple[PeakTable, list[int]]] | None = None
-        self._result: PeakBatch | None = None
-
-    def expect(
-        self,
-        preprocess: Preprocess,
-        find: Callable[[], tuple[PeakTable, list[int]]],
-        is_done: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Say where the result will come from: ``find`` returns peaks and bad pixels per event."""
-        self._preprocess, self._find, self._is_done = preprocess, find, is_done
-
-    def done(self) -> bool:
-        """Whether the device has finished this batch, so that `result` will not wait for it."""
-        return self._result is not None or self._is_done()
-
-    def result(self) -> PeakBatch:
-        """Wait for this batch and return what became of each of its events."""
-        if self._result is None:
-            self._result = PeakBatch(self._results(), self._refused)
-            self._find = None  # lets go of the device's buffers
-        return self._result
-
-    def _results(self) -> list[Result]:
-        if self._find is None or self._preprocess is None:
-            return []
-        table, bad_pixels = self._find()
-        events = self._batch.events
-        _, panels, height, width = self._batch.images_BPHW.shape
-        shape_PHW = (panels, height, width)
-        prepared_panels = self._preprocess.output_shape(shape_PHW)[0]
-        results = []
-        for event, peaks, bad in zip(
-            events, table.split(prepared_panels, len(events)), bad_pixels, strict=False
-        ):
-            original, _ = self._preprocess.to_original(peaks, shape_PHW)
-            results.append(
-                Result(event.id, event.image, original, event.photon_energy, bad, event.put_at)
-            )
-        return results
-
-
-class PeakNetModule(L.LightningModule):
-    """A segmentation network and what surrounds it, run by `Trainer.predict`.
+class PeakNetModule(TrainingSteps):
+    """A segmentation network and what surrounds it, run by `Trainer.predict` and `Trainer.fit`.
 
     Parameters
     ----------
@@ -104,6 +54,14 @@ class PeakNetModule(L.LightningModule):
         Let `PeakNet` run in its fast form (docs/fast.md) wherever that is possible: on a CUDA GPU,
         with precision ``bf16-mixed`` or ``bf16-true``. The log says which form runs, and why.
         Other networks, subclasses too, run as they are.
+    learning_rate, weight_decay, warmup_steps
+        Of training: AdamW's full rate, its decay of convolution and linear kernels, and the steps
+        until the rate is full. From there it falls to a hundredth by the end of the run.
+
+    Attributes
+    ----------
+    operating_point
+        What the last validation found to be the best threshold, and what it achieves; None before.
     """
 
     def __init__(
@@ -114,12 +72,13 @@ class PeakNetModule(L.LightningModule):
         num_overlap: int = 3,
         warmup_shapes: list[tuple[int, int, int, int]] | None = None,
         fast: bool = True,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 200,
     ) -> None:
-        super().__init__()
+        super().__init__(net, Preprocess(preprocess), learning_rate, weight_decay, warmup_steps)
         if num_overlap < 1:
             raise ValueError(f"num_overlap is {num_overlap}; at least one batch is under way")
-        self.net = net
-        self.preprocess = Preprocess(preprocess)
         self.compile_net = compile
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
@@ -134,9 +93,11 @@ class PeakNetModule(L.LightningModule):
         self._network: Callable[..., Tensor] = net.forward
 
     def setup(self, stage: str) -> None:
-        """Make the network's fast form, before Lightning rounds the parameters for bf16-true."""
+        """Prepare the network: its fast form to predict, its first guess to train."""
         if stage == "predict":
+            # Before Lightning rounds the parameters for bf16-true.
             self._fast.prepare(self.trainer.strategy.root_device, str(self.trainer.precision))
+        super().setup(stage)
 
     def on_predict_start(self) -> None:
         """Choose the path for the device, compile, and warm up in the context of the loop."""
@@ -173,10 +134,12 @@ class PeakNetModule(L.LightningModule):
             self._network = torch.compile(self._network, dynamic=False)
 
     def transfer_batch_to_device(
-        self, batch: EventBatch, device: torch.device, dataloader_idx: int
-    ) -> EventBatch:
-        """Leave the batch alone: `predict_step` moves the pixels itself, without waiting."""
-        return batch
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Leave events alone: `predict_step` moves the pixels itself, without waiting."""
+        if isinstance(batch, EventBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def predict_step(
         self, batch: EventBatch, batch_idx: int, warm_up: bool = False
@@ -297,6 +260,14 @@ class PeakNetModule(L.LightningModule):
         return next(
             (p.dtype for p in self.net.parameters() if p.dtype.is_floating_point), torch.float32
         )
+
+    def on_fit_start(self) -> None:
+        """Choose how the network is run: as it is, at full resolution."""
+        self._fast.network = None
+        self._prepare, self._stride, self._network = self.preprocess.forward, 1, self.net.forward
+        if self.compile_net:
+            self._prepare = torch.compile(self._prepare, dynamic=False)
+            self._network = torch.compile(self._network, dynamic=False)
 
 
 @contextlib.contextmanager

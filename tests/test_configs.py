@@ -15,15 +15,18 @@ from tests.conftest import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+TRAINING = [CONFIGS / "train.yaml", CONFIGS / "models" / "peaknet_small.yaml"]
 TOPOLOGIES = sorted((CONFIGS / "topology").glob("*.yaml"))
 
 
-def printed(*configs: Path, more: tuple[str, ...] = ()) -> dict[str, object]:
+def printed(
+    *configs: Path, more: tuple[str, ...] = (), command: str = "predict"
+) -> dict[str, object]:
     """Parse configurations as a user would and return what ``--print_config`` shows."""
     words = [word for config in configs for word in ("-c", str(config))]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
-        main(["predict", *words, *more, "--print_config"])
+        main([command, *words, *more, "--print_config"])
     assert stop.value.code == 0
     parsed: dict[str, object] = yaml.safe_load(said.getvalue())
     return parsed
@@ -48,6 +51,19 @@ def test_predictions_cannot_be_kept_and_streams_are_not_fetched_ahead() -> None:
     assert parsed["trainer"]["limit_predict_batches"] == 10**9  # type: ignore[index]
 
 
+def test_fine_tuning_parses() -> None:
+    parsed = printed(
+        CONFIGS / "models" / "peaknet_small.yaml", CONFIGS / "finetune.yaml", command="fit"
+    )
+    assert parsed["model"]["init_args"]["learning_rate"] == 3e-4  # type: ignore[index]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda path: path.stem)
+def test_training_goes_with_every_topology(topology: Path) -> None:
+    parsed = printed(*TRAINING, topology, command="fit")
+    assert set(parsed) >= {"trainer", "model", "data", "ckpt_path", "seed_everything"}
+
+
 def test_an_unknown_key_is_an_error_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -64,6 +80,16 @@ def test_doctor_makes_everything_that_a_configuration_names(
     configs = ["predict.yaml", f"models/{model}.yaml", "topology/cpu.yaml"]
     assert doctor(configs=[str(CONFIGS / name) for name in configs]) == 0
     assert "network and data could be made" in capsys.readouterr().out
+
+
+def test_doctor_makes_everything_that_training_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctor(configs=[str(path) for path in TRAINING]) == 0
+    said = capsys.readouterr().out
+    assert "network and data could be made" in said
+    assert "has no weights" not in said
 
 
 def test_doctor_names_what_is_wrong_in_a_configuration(

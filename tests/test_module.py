@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from peaknet_predict.module import PeakNetModule, PendingPeaks
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import (
     Crop,
     InstanceNorm,

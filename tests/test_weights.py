@@ -175,3 +175,33 @@ def test_other_contents(state: State, tmp_path: Path) -> None:
     onnx.touch()
     with pytest.raises(ValueError, match=r"\.onnx"):
         load_weights(Net(), onnx)
+
+
+def test_a_shipped_file_is_found_by_its_name_from_anywhere(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shipped").mkdir()
+    save_file(state, tmp_path / "shipped" / "small.safetensors")
+    monkeypatch.setattr("peaknet_predict.models.weights.SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    net = Net()
+    load_weights(net, "small")
+    assert_loaded(net, state)
+    # A file of that name in the working directory is meant literally.
+    (tmp_path / "small").write_text("not weights")
+    with pytest.raises(ValueError, match="read from .safetensors"):
+        load_weights(net, "small")
+    for gone in ("other", "small.pt", "sub/small"):
+        with pytest.raises(FileNotFoundError, match=r"one that is shipped \(small\)"):
+            load_weights(net, gone)
+
+
+def test_half_precision_files_load_into_float32(state: State, tmp_path: Path) -> None:
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    save_file(halves, tmp_path / "w.safetensors")
+    net = Net()
+    load_weights(net, tmp_path / "w.safetensors")
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert_loaded(
+        net, {name: t.float() if t.is_floating_point() else t for name, t in halves.items()}
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from peaknet_predict.models.bifpn import BiFPN, resize_bilinear
@@ -155,6 +156,15 @@ class PeakNet(nn.Module):
             logits_NCHW = logits_NCHW + self.head_upsample_layer(summed_NCHW)
         return logits_NCHW
 
+    def add_to_peak_logit(self, shift: float) -> None:
+        """Shift the logits of all classes but background, at every pixel, by changing the biases.
+
+        Once only, at the bilinear enlargement: the learned one is added to it.
+        """
+        assert self.head_segmask.bias is not None
+        with torch.no_grad():
+            self.head_segmask.bias[1:] += shift
+
     @property
     def coarse_stride(self) -> int | None:
         """The s of `coarse_logits`; None if they do not determine the logits of `forward`."""
@@ -217,6 +227,6 @@ class PeakNet(nn.Module):
             )
             raise ValueError(
                 f"PeakNet takes panels whose height and width are multiples of {multiple}, not "
-                f"{height}x{width}: put Pad(height={up_height}, width={up_width}) into the "
-                "preprocessing"
+                f"{height}x{width}: put Pad(height={up_height}, width={up_width}) or "
+                f"PadToMultiple({multiple}) into the preprocessing"
             )

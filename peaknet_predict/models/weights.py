@@ -28,6 +28,9 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 _MAX_NAMES = 10
 
+SHIPPED = Path(__file__).parents[1] / "weights"
+"""Directory of the weight files that come with this program."""
+
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
     """Copy the tensors of a weight file into a model.
@@ -37,9 +40,11 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     model
         The network; its dtypes and devices stay, the file's tensors are cast to them.
     path
-        ``.safetensors``, or ``.pt`` / ``.pth`` with a state dict of tensors, bare or under one of
-        the keys ``model``, ``state_dict``, ``module`` and ``model_state_dict``. Prefixes
-        ``_orig_mod.`` and ``module.`` that all names share are removed.
+        The name of a file that comes with this program, without its suffix (``peaknet_small``); or
+        the path of a ``.safetensors``, or of a ``.pt`` / ``.pth`` with a state dict of tensors,
+        bare or under one of the keys ``model``, ``state_dict``, ``module`` and
+        ``model_state_dict``. Prefixes ``_orig_mod.`` and ``module.`` that all names share are
+        removed.
 
     Returns
     -------
@@ -54,12 +59,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         If the file is of another kind, damaged, or holds more than plain tensors; or if a tensor is
         missing, unexpected, of the wrong shape or not finite. The model is then unchanged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no weight file {path}: check the path given as `weights` (a relative one "
-            "starts at the working directory), or leave `weights` out for random parameters"
-        )
+    path = _found(Path(path))
     own = model.state_dict()
     tensors = _strip_prefixes(_read(path), own, path)
     _check_names_and_shapes(tensors, own, path)
@@ -74,6 +74,21 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     _log.info("loaded %d tensors from %s (sha256 %s)", len(cast), path, sha256)
     return sha256
+
+
+def _found(path: Path) -> Path:
+    """Return the path of a weight file that may be given by its name alone."""
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path.name}.safetensors"
+    if len(path.parts) == 1 and not path.suffix and shipped.is_file():
+        return shipped
+    names = sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
+    raise FileNotFoundError(
+        f"there is no weight file {path}: check the path given as `weights` (a relative one starts "
+        f"at the working directory), give the name of one that is shipped "
+        f"({', '.join(names) or 'none is'}), or leave `weights` out for random parameters"
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,179 @@
+"""The whole preprocessing: the steps in order, and the peaks' way back through them.
+
+Shape legend: B events, P panels of an event, N = B*P, H rows, W columns, M peaks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from peaknet_predict.preprocess.base import Shape, Transform
+from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
+from peaknet_predict.types import Peaks
+
+
+class Prepared(NamedTuple):
+    """What the network gets.
+
+    Attributes
+    ----------
+    images_N1HW
+        (N, 1, H, W) float32, finite.
+    valid_N1HW
+        (N, 1, H, W) bool; False where the pixel is padding, or was NaN or infinite.
+    bad_pixels_B
+        (B,) int64, NaN or infinite pixels in each event's original frame.
+    """
+
+    images_N1HW: Tensor
+    valid_N1HW: Tensor
+    bad_pixels_B: Tensor
+
+
+class Preprocess(nn.Module):
+    """The chain of transforms, from raw frames to the network's input.
+
+    Parameters
+    ----------
+    transforms
+        In order, as the network's weights were trained: `Crop` or `Pad`, `InstanceNorm`,
+        `MergeBatchChannelDims` for published ones, `LocalNorm`, `PadToMultiple`,
+        `MergeBatchChannelDims` for those shipped here. There is one norm at most, and the last is
+        always `MergeBatchChannelDims`; `Crop`, `Pad` and `PadToMultiple` stand before
+        `InstanceNorm` but anywhere with `LocalNorm`, which leaves padding out; `Patchify` stands
+        anywhere before the end.
+
+    Raises
+    ------
+    ValueError
+        If the transforms stand in an order that gives the network something else.
+    """
+
+    def __init__(self, transforms: list[Transform]) -> None:
+        super().__init__()
+        _check_order(transforms)
+        self.transforms = nn.ModuleList(transforms)
+
+    def forward(self, images_BPHW: Tensor) -> Prepared:
+        """Prepare a batch.
+
+        Parameters
+        ----------
+        images_BPHW
+            (B, P, H, W) of any real dtype, detector counts.
+
+        Raises
+        ------
+        ValueError
+            If a transform cannot take the panels' size.
+        """
+        if images_BPHW.ndim != 4:
+            raise ValueError(
+                f"a batch of events has the shape (B, P, H, W), not {tuple(images_BPHW.shape)}"
+            )
+        # First of all, so that raw counts of 2 or 4 bytes travel and everything else is float32
+        # (few operations know uint16).
+        images_BPHW = images_BPHW.to(torch.float32)
+        valid_BPHW = torch.isfinite(images_BPHW)
+        bad_pixels_B = (~valid_BPHW).sum(dim=(1, 2, 3))
+        for transform in self.transforms:
+            images_BPHW, valid_BPHW = transform(images_BPHW, valid_BPHW)
+        # Without a norm bad pixels are still there.
+        images_N1HW = torch.where(torch.isfinite(images_BPHW), images_BPHW, 0.0)
+        return Prepared(images_N1HW, valid_BPHW, bad_pixels_B)
+
+    def move(self, values_BPHW: Tensor, fill: int) -> Tensor:
+        """Move values that belong to pixels, labels say, to where the pixels go.
+
+        Parameters
+        ----------
+        values_BPHW
+            (B, P, H, W) of any dtype.
+        fill
+            Value of what is padding.
+
+        Returns
+        -------
+        Tensor
+            (N, 1, H', W') of the same dtype.
+        """
+        real_BPHW = torch.ones_like(values_BPHW, dtype=torch.bool)
+        for transform in self.transforms:
+            if not isinstance(transform, InstanceNorm | LocalNorm):
+                values_BPHW, real_BPHW = transform(values_BPHW, real_BPHW)
+        return torch.where(real_BPHW, values_BPHW, fill)
+
+    def output_shape(self, shape_PHW: Shape) -> Shape:
+        """Return the shape of a prepared event, (panels, height, width), without making one.
+
+        Raises
+        ------
+        ValueError
+            If a transform cannot take the shape; the message names the remedy.
+        """
+        return self._shapes(shape_PHW)[-1]
+
+    def to_original(
+        self, peaks_M3: Peaks, input_shape_PHW: Shape
+    ) -> tuple[Peaks, npt.NDArray[np.bool_]]:
+        """Move the peaks of one event from prepared panels back to its original frame.
+
+        Parameters
+        ----------
+        peaks_M3
+            (M, 3) float64: panel of the prepared event, y, x.
+        input_shape_PHW
+            Shape of the original event.
+
+        Returns
+        -------
+        peaks, keep_M
+            The peaks of the original frame, (sum of keep_M, 3) float64; and (M,) bool, which of the
+            given ones they are. Left out are peaks whose centre lies in padding.
+        """
+        peaks_M3 = np.asarray(peaks_M3, dtype=np.float64).reshape(-1, 3)
+        input_shapes = self._shapes(input_shape_PHW)[:-1]
+        keep_M = np.ones(len(peaks_M3), dtype=np.bool_)
+        for transform, shape_PHW in reversed(list(zip(self.transforms, input_shapes, strict=True))):
+            assert isinstance(transform, Transform)
+            peaks_M3 = transform.to_original(peaks_M3, shape_PHW)
+            # A pixel reaches half its size to each side of its centre. Checked at every step:
+            # beyond the border of one patch, `Patchify` would find pixels of the next.
+            upper_3 = np.array(shape_PHW) - 0.5
+            keep_M &= np.all((peaks_M3 >= -0.5) & (peaks_M3 < upper_3), axis=1)
+        return peaks_M3[keep_M], keep_M
+
+    def _shapes(self, shape_PHW: Shape) -> list[Shape]:
+        """Return the event's shape before the first transform and after each."""
+        shapes = [shape_PHW]
+        for transform in self.transforms:
+            assert isinstance(transform, Transform)
+            shapes.append(transform.output_shape(shapes[-1]))
+        return shapes
+
+
+def _check_order(transforms: list[Transform]) -> None:
+    names = [type(transform).__name__ for transform in transforms]
+    chain = " -> ".join(names) or "nothing"
+    for transform, name in zip(transforms, names, strict=True):
+        if not isinstance(transform, Transform):
+            raise ValueError(f"{name} is not a Transform of peaknet_predict.preprocess")
+    if names.count("MergeBatchChannelDims") != 1 or names[-1] != "MergeBatchChannelDims":
+        raise ValueError(
+            f"transforms must end with MergeBatchChannelDims, and have no other; got {chain}"
+        )
+    norms = [name for name in names if name in ("InstanceNorm", "LocalNorm")]
+    if len(norms) > 1:
+        raise ValueError(f"one {norms[0]} is enough: remove {', '.join(norms[1:])} from {chain}")
+    if "InstanceNorm" in names:
+        for name in names[names.index("InstanceNorm") + 1 :]:
+            if name in ("Crop", "Pad", "PadToMultiple"):
+                raise ValueError(
+                    f"{name} stands after InstanceNorm, whose statistics must be those of the "
+                    f"network's input: move {name} before it in {chain}"
+                )

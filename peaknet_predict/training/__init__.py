@@ -1,0 +1,1 @@
+"""Training of small networks: simulated shots with labels, made on the device as training goes."""

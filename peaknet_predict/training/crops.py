@@ -1,0 +1,176 @@
+"""Crops of the frames of CXI files, with the peaks that the files list.
+
+Shape legend: N events of a file, P panels of an event, H rows, W columns, M peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+_LISTS = ("nPeaks", "peakXPosRaw", "peakYPosRaw")
+_BEYOND_PX = 5.0
+"""Peaks whose centres lie so far outside of a crop reach into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CxiFile:
+    """One file: names of its datasets, and the shape of its events.
+
+    `mask` is None where there is none; `lists` is the group of the peak lists.
+    """
+
+    path: Path
+    data: str
+    lists: str
+    mask: str | None
+    num_events: int
+    panels: int
+    height: int
+    width: int
+
+
+@dataclass(slots=True)
+class Crop:
+    """One sample.
+
+    Attributes
+    ----------
+    pixels
+        (H, W) float32, NaN where there is no good pixel.
+    peaks
+        (M, 2) float32, y and x in the crop; some lie a little outside of it.
+    """
+
+    pixels: npt.NDArray[np.float32]
+    peaks: npt.NDArray[np.float32]
+
+
+class Crops(Dataset[Crop]):
+    """Crop number n: of one of the events, all of which have their turn before the first again.
+
+    Parameters
+    ----------
+    files
+        Where the events are.
+    events
+        Number of the file and row in it, of each event.
+    height, width
+        Of a crop.
+    seed
+        Decides the order of the events, and the places of the crops.
+    """
+
+    def __init__(
+        self,
+        files: list[CxiFile],
+        events: list[tuple[int, int]],
+        height: int,
+        width: int,
+        seed: int,
+    ) -> None:
+        self.events = events
+        self._files, self._size, self._seed = files, (height, width), seed
+        self._open: dict[int, Any] = {}  # every process that reads has its own
+
+    def __getitem__(self, number: int) -> Crop:
+        turn, place = divmod(number, len(self.events))
+        order = np.random.default_rng((self._seed, turn)).permutation(len(self.events))
+        which, row = self.events[order[place]]
+        return self._crop(which, row, np.random.default_rng((self._seed, turn, place, 1)))
+
+    def _crop(self, which: int, row: int, rng: np.random.Generator) -> Crop:
+        file = self._files[which]
+        if which not in self._open:
+            self._open[which] = h5py.File(file.path, "r")
+        h5 = self._open[which]
+        panel = int(rng.integers(file.panels))
+        height, width = min(self._size[0], file.height), min(self._size[1], file.width)
+        top = int(rng.integers(file.height - height + 1))
+        left = int(rng.integers(file.width - width + 1))
+        pixels = np.full(self._size, np.nan, dtype=np.float32)
+        place = panel, slice(top, top + height), slice(left, left + width)
+        good = np.ones((height, width), dtype=np.bool_)
+        if file.mask is not None:
+            mask = h5[file.mask]
+            frames_of_events = mask.ndim == h5[file.data].ndim
+            good = _part(mask, row if frames_of_events else None, file, *place) == 0
+        values = _part(h5[file.data], row, file, *place)
+        pixels[:height, :width] = np.where(good, values.astype(np.float32), np.nan)
+
+        lists = h5[file.lists]
+        count = int(lists["nPeaks"][row])
+        x, stacked_y = (lists[name][row, :count].astype(np.float64) for name in _LISTS[1:])
+        y = stacked_y - panel * file.height
+        on_panel = (y > -0.5) & (y < file.height - 0.5)
+        y, x = y - top, x - left
+        near = on_panel & (y > -_BEYOND_PX) & (y < height + _BEYOND_PX)
+        near &= (x > -_BEYOND_PX) & (x < width + _BEYOND_PX)
+        return Crop(pixels, np.column_stack([y[near], x[near]]).astype(np.float32))
+
+
+def _part(
+    dataset: Any, row: int | None, file: CxiFile, panel: int, rows: slice, columns: slice
+) -> npt.NDArray[Any]:
+    """Read a part of one panel, of a stack or of an array with a dimension for panels."""
+    event = () if row is None else (row,)
+    if dataset.ndim - len(event) == 3:
+        return np.asarray(dataset[(*event, panel, rows, columns)])
+    first = panel * file.height
+    return np.asarray(dataset[(*event, slice(first + rows.start, first + rows.stop), columns)])
+
+
+def inspect_file(path: Path, data: str, peaks: str, panel_height: int | None) -> CxiFile:
+    """Return what a file holds; parameters and errors as for `CxiShots`."""
+    try:
+        h5 = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened as HDF5: {error}") from error
+    with h5:
+        frames = h5.get(data)
+        lists = {name: h5.get(f"{peaks}/{name}") for name in _LISTS}
+        missing = [f"{peaks}/{name}" for name, found in lists.items() if found is None]
+        if not isinstance(frames, h5py.Dataset) or missing:
+            lacking = ", ".join([] if frames is not None else [data]) or ", ".join(missing)
+            raise ValueError(
+                f"{path} has no dataset {lacking}: name the frames with `data` and the group of "
+                "the peak lists with `peaks`"
+            )
+        num_events = int(frames.shape[0]) if frames.ndim else 0
+        if frames.ndim not in (3, 4) or frames.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{path}: {data} has shape {frames.shape} and dtype {frames.dtype}; expected real "
+                "numbers (N, rows, columns) or (N, P, H, W)"
+            )
+        if any(lists[name].shape[:1] != (num_events,) for name in _LISTS):
+            shapes = ", ".join(f"{name} {lists[name].shape}" for name in _LISTS)
+            raise ValueError(f"{path}: {num_events} frames, but peak lists of shape {shapes}")
+        if frames.ndim == 4:
+            panels, height = int(frames.shape[1]), int(frames.shape[2])
+        else:
+            rows = int(frames.shape[1])
+            panels = int(frames.parent.attrs.get("panels", 1))
+            height = panel_height or rows // panels
+            if rows % height:
+                raise ValueError(
+                    f"{path}: the {rows} rows of {data} are not a multiple of panel_height={height}"
+                )
+            panels = rows // height
+        mask = f"{data.rpartition('/')[0]}/mask"
+        has_mask = isinstance(h5.get(mask), h5py.Dataset)
+        width = int(frames.shape[-1])
+        return CxiFile(
+            path, data, peaks, mask if has_mask else None, num_events, panels, height, width
+        )
+
+
+def num_peaks(file: CxiFile) -> int:
+    """Return how many peaks a file lists."""
+    with h5py.File(file.path, "r") as h5:
+        return int(np.sum(h5[file.lists]["nPeaks"][()]))

@@ -1,0 +1,137 @@
+"""Weight files for prediction, made from the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from peaknet_predict.training.metrics import OPERATING_POINT
+
+log = logging.getLogger(__name__)
+
+METADATA = "peaknet_predict"
+"""Key of the file's metadata: JSON with version, steps taken, and the validation's figures."""
+
+_NETWORK = "net."
+_PEAK_BIAS = "head_segmask.bias"
+
+
+def export_weights(checkpoint: str | Path, path: str | Path) -> str:
+    """Write the network of a checkpoint as a weight file in float16, ready for `weights`.
+
+    The operating point of the checkpoint's validation becomes part of the weights: prediction
+    calls a pixel peak where class 1 has the larger logit, so the bias of that class is lowered by
+    the threshold. It enters once, in ``head_segmask.bias``; the learned enlargement, where there
+    is one, is added to that branch.
+
+    The file appears under its name when it is whole.
+
+    Parameters
+    ----------
+    checkpoint
+        A ``.ckpt`` file of `peaknet-predict fit`. With averaged weights it is those that are taken.
+    path
+        The ``.safetensors`` file to write; its directory is made if need be.
+
+    Returns
+    -------
+    str
+        SHA-256 of the file, in hexadecimal.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such checkpoint.
+    ValueError
+        If the file is no checkpoint of such a run, or `path` has another suffix; or if a weight is
+        not finite or too large for float16.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: weights are written as .safetensors; give the path that suffix")
+    content = _read(Path(checkpoint))
+    tensors = {
+        name.removeprefix(_NETWORK): tensor.detach().cpu()
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(_NETWORK)
+    }
+    if not tensors:
+        raise ValueError(f"{checkpoint} holds no network: it is not of `peaknet-predict fit`")
+    figures: dict[str, float] | None = content.get(OPERATING_POINT)
+    if figures is None:
+        log.warning("%s was never validated: its operating point is left as it is", checkpoint)
+    elif _PEAK_BIAS in tensors:
+        tensors[_PEAK_BIAS] = tensors[_PEAK_BIAS].clone()
+        tensors[_PEAK_BIAS][1:] -= figures["threshold"]
+    else:
+        log.warning(
+            "%s: the network has no %s, so its operating point cannot be set; pixels are peaks "
+            "above log odds of %g",
+            checkpoint,
+            _PEAK_BIAS,
+            figures["threshold"],
+        )
+    origin = {
+        "version": _version(),
+        "steps": content.get("global_step"),
+        "validation": figures,
+    }
+    # One entry, because several have no order: the same checkpoint makes the same file.
+    metadata = {METADATA: json.dumps(origin)}
+    data = save({name: _halved(name, tensor) for name, tensor in tensors.items()}, metadata)
+    _write(path, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    log.info("%s: %.1f MB, sha256 %s", path, len(data) / 1e6, sha256)
+    return sha256
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {checkpoint}: check the path")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint that can be read: {error}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{checkpoint} has no state_dict: it is not a checkpoint of a run")
+    return content
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("peaknet-predict")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _halved(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.contiguous()
+    half = tensor.to(torch.float16).contiguous()
+    if not torch.isfinite(half).all():
+        raise ValueError(f"{name} has values that are not finite in float16: the run diverged")
+    return half
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, and give it its own when it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
