@@ -79,7 +79,7 @@ def tracks(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
     N, T, S = B * P, _TRACKS, _TRACK_STEPS
     step = torch.arange(S, device=draws.device)
     length = draws.log_uniform(N, T, 1, low=1.0, high=S + 0.99).floor()
-    crossing = draws.chance(N, T, 1, probability=0.15)
+    crossing = draws.chance(N, T, 1, probability=0.08)
     turn = 0.35 * draws.normal(N, T, S).cumsum(dim=-1)
     angle = draws.uniform(N, T, 1, high=2.0 * math.pi) + turn
     y = draws.uniform(N, T, 1) * height + angle.sin().cumsum(dim=-1)

@@ -61,13 +61,14 @@ def draw_shapes(draws: Draws, cameras: Cameras, spots: Spots) -> Shapes:
     B, P = cameras.top_BP.shape
     event = torch.div(spots.image_M, P, rounding_mode="floor")
     M = len(event)
-    # Beam and crystal 20 to 300 micrometres wide at the detector; charge sharing and point spread
-    # 0.3 to 0.6 pixels. Experimenters keep spots apart: at most a fifth of their distance.
-    physical = draws.log_uniform(B, low=20.0, high=300.0) / cameras.pixel_um_B
-    spread = draws.uniform(B, low=0.3, high=0.6)
+    # Beam and crystal 10 to 300 micrometres wide at the detector; charge sharing and point spread
+    # 0.15 to 0.55 pixels, so that many spots have nearly all in two or three pixels, as on a CSPAD.
+    # Experimenters keep spots apart: at most a fifth of their distance.
+    physical = draws.log_uniform(B, low=10.0, high=300.0) / cameras.pixel_um_B
+    spread = draws.uniform(B, low=0.15, high=0.55)
     sigma_B = (physical.square() + spread.square()).sqrt()
-    sigma_B = torch.minimum(sigma_B.clamp(0.35, 3.0), 0.2 * cameras.spacing_px_B)
-    sigma = (sigma_B[event] * torch.exp(0.12 * draws.normal(M))).clamp(0.33, 3.0)
+    sigma_B = torch.minimum(sigma_B.clamp(0.2, 3.0), 0.2 * cameras.spacing_px_B)
+    sigma = (sigma_B[event] * torch.exp(0.12 * draws.normal(M))).clamp(0.2, 3.0)
 
     # Streaks: radial (bandwidth), tangential (mosaic spread), or all one way (a jet, the pulse).
     kind = draws.among(B, weights=(0.45, 0.22, 0.18, 0.15))[event]

@@ -30,6 +30,10 @@ PEAK_PHOTONS, FAINT_PHOTONS = 4.0, 2.0
 """Photons that a peak, and an ignored one, has at least: on an empty background a photon, or two in
 neighbouring pixels, would have any significance."""
 
+MAX_ON_ONE_PIXEL = 0.85
+"""Share of a peak's photons that its brightest pixel has at most. Beyond it, nothing tells the spot
+from a hot pixel, and it is ignored; in two pixels it is a peak, for hot ones rarely come in pairs."""
+
 EMPTY_VARIANCE = 0.1
 """Variance (square photons) that a pixel has at least, when significance is judged. Normal
 statistics are off where almost no photons are expected."""
@@ -109,6 +113,7 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     photons = (profile * excess).sum(dim=1) / square * profile.sum(dim=1)
 
     clear = (significance >= PEAK_SIGNIFICANCE) & (photons >= PEAK_PHOTONS)
+    clear &= share.amax(dim=1) <= MAX_ON_ONE_PIXEL
     clear &= ~spots.ignored_M & (saturated.sum(dim=1) <= _MAX_SATURATED_PIXELS)
     faint = (significance >= FAINT_SIGNIFICANCE) & (photons >= FAINT_PHOTONS)
     # Of spots that are mostly on bad pixels, nobody knows what may be seen.
