@@ -140,7 +140,7 @@ def ray_fed(
         for rank in range(producers):
             run_in_cluster(produce, events, num_events // producers, rate_hz, producers, rank)
 
-    writer, clock = QueueWriter(results), Clock(start)
+    writer, clock = QueueWriter(results, balance=None), Clock(start)
     trainer = make_trainer(writer, clock)
     trainer.predict(module, datamodule=data, return_predictions=False)
     return clock.moments, writer
