@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from queue import Full
 from queue import Queue as BoundedQueue
 from typing import Any
@@ -17,7 +16,13 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from peaknet_predict.balance import BalanceError, SurvivedError, queue_balance, write_balance
+from peaknet_predict.balance import (
+    BalanceError,
+    SurvivedError,
+    path_of_rank,
+    queue_balance,
+    write_balance,
+)
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PendingPeaks
 from peaknet_predict.queues import (
@@ -264,10 +269,31 @@ class QueueWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Deliver what is finished; readers learn that the stream is incomplete and why."""
+        """Deliver what is finished; readers learn that the stream is incomplete and why.
+
+        After a second signal nothing more is delivered: what is not acknowledged goes back.
+        """
         if self._outbox is None or self._signed_off:
             return
         reason = f"{type(exception).__name__}: {exception}"
+        at_once = isinstance(exception, KeyboardInterrupt)
+        if at_once:
+            reason = "stopped at once by a second signal"
+        else:
+            self._deliver_finished()
+        if self._dataset is not None:
+            # What is left may be what caused it; the queue counts, and isolates it in the end.
+            innocent = isinstance(exception, KeyboardInterrupt | BalanceError)
+            self._dataset.release(None if innocent else reason)
+        self._log_balance(trainer)
+        elsewhere = None
+        try:
+            elsewhere = self._sign_off(trainer, reason, wait_for_ranks=not at_once)
+        except Exception:
+            log.exception("the end of the stream could not be marked")
+        self._write_balance(trainer, reason, elsewhere)
+
+    def _deliver_finished(self) -> None:
         while self._pending:
             try:
                 self._collect()
@@ -277,17 +303,6 @@ class QueueWriter(BasePredictionWriter):
             self._drain()
         except Exception:
             log.exception("results of the last batches could not be delivered")
-        if self._dataset is not None:
-            # What is left may be what caused it; the queue counts, and isolates it in the end.
-            stopped = isinstance(exception, KeyboardInterrupt | BalanceError)
-            self._dataset.release(None if stopped else reason)
-        self._log_balance(trainer)
-        elsewhere = None
-        try:
-            elsewhere = self._sign_off(trainer, reason)
-        except Exception:
-            log.exception("the end of the stream could not be marked")
-        self._write_balance(trainer, reason, elsewhere)
 
     def _log_balance(self, trainer: L.Trainer) -> None:
         dataset = self._dataset
@@ -409,7 +424,9 @@ class QueueWriter(BasePredictionWriter):
         dataset = self._dataset
         return dataset is not None and dataset.queue.native and dataset.ended
 
-    def _sign_off(self, trainer: L.Trainer, failure: str | None) -> str | None:
+    def _sign_off(
+        self, trainer: L.Trainer, failure: str | None, wait_for_ranks: bool = True
+    ) -> str | None:
         """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers.
 
         Returns what is wrong with other ranks, as far as this one knows.
@@ -425,7 +442,7 @@ class QueueWriter(BasePredictionWriter):
         if self._roster is not None:
             try:
                 self._roster.close(self._producer, failure)
-                if trainer.is_global_zero:
+                if trainer.is_global_zero and wait_for_ranks:
                     elsewhere = self._wait_for_ranks()
             except QueueError:
                 elsewhere = "rank 0, which is to leave last, is gone"
@@ -491,9 +508,7 @@ class QueueWriter(BasePredictionWriter):
         """Write the record of this rank's run, as JSON."""
         if self.balance is None:
             return
-        path = Path(self.balance)
-        if not trainer.is_global_zero:
-            path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+        path = path_of_rank(self.balance, trainer.global_rank)
         dataset = self._dataset
         received = self.predicted + self.refused if dataset is None else dataset.received
         stages: dict[str, Any] = {

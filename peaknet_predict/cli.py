@@ -23,7 +23,7 @@ from peaknet_predict.balance import (
 )
 from peaknet_predict.cxi import CxiWriteError
 from peaknet_predict.queues import ClusterError, QueueError
-from peaknet_predict.stopping import GRACE_S
+from peaknet_predict.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.supervise import Layout, note_started, supervise
 
 log = logging.getLogger("peaknet_predict")
@@ -91,7 +91,14 @@ class PredictCLI(LightningCLI):
             self.exit_code = supervise(self._words, layout, grace_s)
             return
         self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
-        self.trainer.predict(**kwargs, return_predictions=False)
+        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S)) as stop:
+            try:
+                self.trainer.predict(**kwargs, return_predictions=False)
+            except SystemExit:
+                # What Lightning makes of a KeyboardInterrupt.
+                if stop.at_once:
+                    raise KeyboardInterrupt from None
+                raise
 
     def _layout(self) -> Layout | None:
         """Return the ranks to be started here; None if this is one, or the only one."""
@@ -114,6 +121,8 @@ class _Started(L.Callback):
     """Tells the supervisor when this rank needs no other any more."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's handler of SIGTERM talks to the other ranks, which may be gone.
+        listen_again()
         note_started(trainer.local_rank)
 
 

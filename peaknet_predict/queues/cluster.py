@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peaknet_predict.stopping import listen_again
+
 log = logging.getLogger(__name__)
 
 NAMESPACE = "peaknet"
@@ -108,6 +110,8 @@ def connect(address: str) -> str:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, **settings)
     except Exception as error:
         raise ClusterError(_explain(address, error)) from error
+    finally:
+        listen_again()  # Ray's handler of SIGTERM would end the process
     return current_address()
 
 
