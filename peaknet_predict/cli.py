@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -91,7 +92,8 @@ class PredictCLI(LightningCLI):
             self.exit_code = supervise(self._words, layout, grace_s)
             return
         self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
-        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S)) as stop:
+        # What there is to finish begins with the first lease, in a block of the dataset's own.
+        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S), begun=False) as stop:
             try:
                 self.trainer.predict(**kwargs, return_predictions=False)
             except SystemExit:
@@ -171,6 +173,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return EXIT_SURVIVED
     except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
+        return EXIT_FAILED
+    except MisconfigurationException as error:
+        # Lightning's, of the trainer's settings: most often a GPU that is not there.
+        log.error(
+            "the trainer cannot be made: %s. `peaknet-predict doctor` says what this machine has; "
+            "-c configs/topology/cpu.yaml needs no GPU",
+            str(error).strip().rstrip(".!"),
+        )
         return EXIT_FAILED
     except ValueError as error:
         # Of a setting, nearly always: the sentence is what helps, a traceback hides it.

@@ -37,13 +37,16 @@ class StopRequest(threading.Event):
     grace_s
         How long the process may take to its end from then on.
     at_once
-        Whether a second signal has come.
+        Whether a second signal has come, or the first before there was anything to finish.
+    begun
+        Whether there is anything to finish.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, begun: bool) -> None:
         super().__init__()
         self.grace_s = grace_s
         self.at_once = False
+        self.begun = begun
         self._raised = False
         self._came_at = 0.0
         self._watchdog: threading.Timer | None = None
@@ -59,14 +62,15 @@ class StopRequest(threading.Event):
         """Take notice of a signal."""
         name = signal.Signals(number).name
         now = time.monotonic()
-        if not self.is_set():
+        if not self.is_set() and self.begun:
             self._came_at = now
             log.warning("%s: finishing what is under way; once more stops at once", name)
             self._end_after(self.grace_s + _MARGIN_S)
             self.set()
         elif not self.at_once and now - self._came_at > _ONE_REQUEST_S:
             self.at_once = True
-            log.warning("%s again: stopping at once", name)
+            log.warning("%s: stopping at once", f"{name} again" if self.is_set() else name)
+            self.set()
             self._end_after(_AT_ONCE_S)
             # To a main thread that waits: the signal itself may have gone to another one. SIGINT,
             # because that is no sudden death either if the block has just been left.
@@ -92,7 +96,7 @@ _current: StopRequest | None = None
 
 
 @contextmanager
-def stop_requests(grace_s: float = GRACE_S) -> Iterator[StopRequest]:
+def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[StopRequest]:
     """Give an event that Ctrl-C and SIGTERM set while the block runs.
 
     Whoever works in the block looks at it between two pieces of work, finishes what it holds and
@@ -100,18 +104,20 @@ def stop_requests(grace_s: float = GRACE_S) -> Iterator[StopRequest]:
     seconds after ``grace_s``, or after a second signal, because something hangs, is ended: what it
     holds goes back when its leases end.
 
-    A block within a block has the same event. Outside the main thread, where Python knows no
-    signals, the event is never set.
+    A block within a block has the same event. With ``begun`` false in the outer one, there is
+    nothing to finish before the inner one, and a first signal stops at once. Outside the main
+    thread, where Python knows no signals, the event is never set.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
-        yield StopRequest(grace_s)
+        yield StopRequest(grace_s, begun)
         return
     if _current is not None:
+        _current.begun |= begun
         listen_again()
         yield _current
         return
-    request = StopRequest(grace_s)
+    request = StopRequest(grace_s, begun)
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
     listener = threading.Thread(target=_listen, args=(receiving, request), daemon=True)

@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from peaknet_predict.queues import QueueAddress
-from tests.test_end_to_end import COMMAND, CONFIGS, REPOSITORY, finish, start
+from tests.conftest import REPOSITORY
+from tests.test_end_to_end import COMMAND, CONFIGS, finish, start
 from tests.test_reliability import event, native, written
 
 LEASE_S = 2.0

@@ -223,3 +223,17 @@ def test_blocks_within_a_block_share_its_request_and_its_handlers() -> None:
     time.sleep(0.1)
     with stop_requests() as later:
         assert not later.is_set()
+
+
+def test_before_there_is_anything_to_finish_a_first_signal_stops_at_once() -> None:
+    with stop_requests(begun=False) as stop:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+        assert stop.at_once
+    with stop_requests(begun=False) as stop:
+        with stop_requests():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5.0)
+        assert not stop.at_once
