@@ -100,6 +100,9 @@ def connect(address: str) -> str:
     elif "RAY_AUTH_TOKEN" in os.environ or token_path().exists():
         # Ray looks for a token by itself only for 'auto', not for a cluster named by its address.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN" not in os.environ and token_path().stat().st_mode & 0o077:
+            # Not changed, as for a cluster of our own: it may be shared on purpose.
+            log.warning("others can read %s, and so run code as you: chmod 600 it", token_path())
     ray = _ray()
     if ray.is_initialized():
         return current_address()
