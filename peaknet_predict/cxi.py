@@ -189,7 +189,10 @@ class CxiWriter:
             if name.startswith(f".{prefix}.") and name.endswith(".tmp"):
                 leftover = self._directory / name
                 logger.warning("%s is unfinished: delete it unless a writer is at work", leftover)
-        self._look_up()
+        try:
+            self._look_up()
+        except OSError as error:
+            raise _write_error(self._directory, error, "") from error
         if len(self._known):
             logger.info(
                 "%s: %d events are in finished files and will not be written again",
@@ -420,16 +423,22 @@ class CxiWriter:
         for name in sorted(os.listdir(self._directory)):
             if name in self._looked_at or not pattern.fullmatch(name):
                 continue
-            self._looked_at.add(name)
+            path = self._directory / name
             try:
-                for key in read_ids(self._directory / name):
+                for key in read_ids(path):
                     self._known.add(key)
+            except FileNotFoundError:
+                continue  # somebody has just taken it away
             except (OSError, KeyError) as error:
+                if getattr(error, "errno", None) is not None:
+                    # Storage's fault and not the file's. Its events must not be written again.
+                    raise
                 logger.warning(
                     "%s says not which events are in it (%s): they would be written again",
-                    self._directory / name,
+                    path,
                     error,
                 )
+            self._looked_at.add(name)
 
     def _name_pattern(self) -> re.Pattern[str]:
         return re.compile(re.escape(self._prefix) + r"_(\d{4,})\.cxi")

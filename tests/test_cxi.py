@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from peaknet_predict import cxi
 from peaknet_predict.cxi import CxiWriteError, CxiWriter
 from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.types import ANYONE, EventId, Result
@@ -467,6 +468,30 @@ def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path, owner:
     assert not list(tmp_path.glob(".*.tmp"))
     assert [key.idx for key in other.add(make_result(0))] == [0]
     assert other.statistics.duplicates == 1
+
+
+def test_a_finished_file_that_cannot_be_read_for_a_moment_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = CxiWriter(tmp_path, owner="other")
+    writer = CxiWriter(tmp_path, owner="this")
+    other.add(make_result(0))
+    other.close()
+    (tmp_path / "peaks_0007.cxi").write_text("not ours")
+
+    def fails(path: Path) -> list[EventId]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cxi, "read_ids", fails)
+        with pytest.raises(CxiWriteError, match="Input/output error"):
+            writer.fence(["other"])
+        with pytest.raises(CxiWriteError, match="Input/output error"):
+            CxiWriter(tmp_path)
+    writer.fence(["other"])
+    assert "peaks_0007.cxi says not which events are in it" in caplog.text
+    assert writer.add(make_result(0)) == [make_result(0).id]
+    assert writer.statistics.duplicates == 1
 
 
 def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
