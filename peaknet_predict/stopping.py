@@ -77,7 +77,8 @@ class StopRequest(threading.Event):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def forget(self) -> None:
-        """Let the process live on: what was asked to stop has ended."""
+        """Let the process live on, and interrupt it no more: what was asked to stop has ended."""
+        self._raised = True
         if self._watchdog is not None:
             self._watchdog.cancel()
 
@@ -86,7 +87,8 @@ class StopRequest(threading.Event):
             log.error("still here %.0f s after being asked to stop: ended", seconds)
             os._exit(_EXIT_INCOMPLETE)
 
-        self.forget()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         self._watchdog = threading.Timer(seconds, end)
         self._watchdog.daemon = True
         self._watchdog.start()
@@ -128,13 +130,15 @@ def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[Stop
     try:
         yield request
     finally:
+        # While our handlers are there: a signal that has just come must not interrupt this.
+        request.forget()
+        os.write(sending, bytes([_END]))
+        listener.join()
+        request.forget()
         _current = None
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        os.write(sending, bytes([_END]))
-        listener.join()
-        request.forget()
         os.close(sending)
         os.close(receiving)
 

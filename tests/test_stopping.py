@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from peaknet_predict.queues import QueueAddress
-from peaknet_predict.stopping import listen_again, stop_requests
+from peaknet_predict.stopping import StopRequest, listen_again, stop_requests
 from peaknet_predict.types import EventId, Result
 from tests.test_end_to_end import CONFIGS, finish, start, wait_until
 from tests.test_reliability import chain, event, native, ranks_of, written
@@ -237,3 +237,24 @@ def test_before_there_is_anything_to_finish_a_first_signal_stops_at_once() -> No
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5.0)
         assert not stop.at_once
+
+
+def test_a_second_signal_that_comes_late_interrupts_nothing_behind_its_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end_after = StopRequest._end_after
+
+    def interrupt_early(self: StopRequest, seconds: float) -> None:
+        # The main thread is on its way out before it is told.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        end_after(self, seconds)
+
+    monkeypatch.setattr(StopRequest, "_end_after", interrupt_early)
+    with stop_requests(begun=False):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+    time.sleep(0.5)
+    watchdogs = [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+    assert not watchdogs, "nobody ends the process any more"
