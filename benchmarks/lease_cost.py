@@ -1,32 +1,56 @@
 """What leases, acknowledgements and known keys cost, against a queue that only hands on.
 
-Both queues are Ray actors with long polling that move lots of events a call; the bare one pops what
-it hands out and remembers nothing. Windows alternate between the two, so that a slow machine is
-slow for both. Prints the medians and their ratio, of which at most 5 % may be missing::
+Both queues are Ray actors with long polling; the bare one pops what it hands out and remembers
+nothing. Producers put as `feed` does, one event a call at a given rate and eight as fast as
+possible; readers fill batches of 32 as `predict` does, and acknowledge each. What arrives is
+counted while all producers are at work. Windows of the four cases alternate, so that a slow moment
+of the machine is slow for all. Prints a table and the ratios, of which at most 5 % may be missing::
 
-    python -m benchmarks.lease_cost [--megabytes 4] [--rate_hz 1000] [--seconds 10] [--windows 5]
+    python -m benchmarks.lease_cost [--megabytes 4] [--rate_hz 1000] [--seconds 4] [--rounds 4]
 
-At 1,000 events of 4 MB a second it needs some 16 cores and 30 GB of shared memory.
+1,000 events of 4 MB a second need some 16 cores, and 4 GB of shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import platform
 import statistics
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from peaknet_predict.queues import ClusterTask, QueueAddress, connect_queue, run_in_cluster
+from peaknet_predict.queues import QueueAddress, connect_queue, run_in_cluster
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.types import Event, EventId
 
-LOT = 8
+BATCH = 32
 CAPACITY = 128
+_EVENTS_PER_PUT = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the producers of a window do: together ``rate_hz``, or as fast as they can."""
+
+    pairs: int
+    nbytes: int
+    seconds: float
+    rate_hz: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Events a second at the readers, and which part of a core the queue's process used."""
+
+    rate_hz: float
+    actor_cpu: float
 
 
 class BareQueue:
@@ -59,108 +83,139 @@ class BareQueue:
         return taken
 
 
-def lots(rank: int, num_events: int, nbytes: int, rate_hz: float | None) -> Any:
-    """Yield lots of events at their time."""
-    image = np.zeros((1, 1024, max(1, nbytes // 4096)), np.float32)
-    began = time.perf_counter()
-    for first in range(0, num_events, LOT):
-        if rate_hz is not None:
-            time.sleep(max(0.0, began + first / rate_hz - time.perf_counter()))
-        yield [Event(EventId("s", rank, first + i), image, 9500.0) for i in range(LOT)]
+def _address(name: str) -> QueueAddress:
+    return QueueAddress(name, max_events=CAPACITY)
 
 
-def produce(name: str, leased: bool, rank: int, settings: dict[str, Any], of: int) -> None:
-    if leased:
-        queue = connect_queue(QueueAddress(name, create=False), "events")
-        queue.open(f"p{rank}", of)
-        for lot in lots(rank, **settings):
-            queue.put(f"p{rank}", lot)
+def produce(name: str, leased: bool, rank: int, load: Load) -> tuple[float, float]:
+    """Put events for as long as the window lasts; return when it began and ended."""
+    import ray
+
+    queue = connect_queue(_address(name), "events") if leased else None
+    handle = ray.get_actor(name, namespace="peaknet")
+    if queue is not None:
+        queue.open(f"p{rank}", load.pairs)
+    image = np.zeros((4, 512, max(1, load.nbytes // (4 * 512 * 4))), np.float32)
+    lot = _EVENTS_PER_PUT if load.rate_hz is None else 1
+    began, idx = time.time(), 0
+    while time.time() - began < load.seconds:
+        if load.rate_hz is not None:
+            time.sleep(max(0.0, began + idx * load.pairs / load.rate_hz - time.time()))
+        events = [Event(EventId("s", rank, idx + i), image, 9500.0) for i in range(lot)]
+        if queue is not None:
+            queue.put(f"p{rank}", events)
+        else:
+            ray.get(handle.put_many.remote(events))
+        idx += lot
+    ended = time.time()
+    if queue is not None:
         queue.close(f"p{rank}")
-        return
+    else:
+        ray.get(handle.close.remote())
+    return began, ended
+
+
+def read(name: str, leased: bool) -> list[tuple[float, int]]:
+    """Read to the end in batches; return when how many events came."""
     import ray
 
+    queue = connect_queue(_address(name), "events") if leased else None
     handle = ray.get_actor(name, namespace="peaknet")
-    for lot in lots(rank, **settings):
-        ray.get(handle.put_many.remote(lot))
-    ray.get(handle.close.remote())
+    arrivals: list[tuple[float, int]] = []
+    batch: list[EventId | None] = []
+    ended = False
+    while not ended:
+        wanted = BATCH - len(batch)
+        events: Any
+        if queue is not None:
+            events, ended = queue.get("reader", wanted, 2.0)
+            ended = ended and not events
+        else:
+            events = ray.get(handle.get_many.remote(wanted))
+            ended = not events
+        if events:
+            arrivals.append((time.time(), len(events)))
+            batch += [event.id for event in events]
+        full = len(batch) == BATCH or (queue is not None and queue.flush_wanted)
+        if full or ended:
+            if queue is not None:
+                queue.ack([key for key in batch if key is not None])
+            batch = []
+    return arrivals
 
 
-def read(name: str, leased: bool) -> tuple[int, float, float]:
-    """Read to the end; return how many events, and when the first and the last came."""
-    taken, moments = 0, [0.0, 0.0]
-
-    def note(events: list[Any]) -> None:
-        nonlocal taken
-        now = time.time()
-        moments[0] = moments[0] or now
-        moments[1] = now
-        taken += len(events)
-
-    if leased:
-        queue = connect_queue(QueueAddress(name, create=False), "events")
-        ended = False
-        while not ended:
-            events, ended = queue.get("reader", LOT, 2.0)
-            if events:
-                note(events)
-                queue.ack([event.id for event in events if event.id is not None])
-        return taken, moments[0], moments[1]
+def cpu_seconds(handle: Any) -> float:
     import ray
 
-    handle = ray.get_actor(name, namespace="peaknet")
-    while bare := ray.get(handle.get_many.remote(LOT)):
-        note(bare)
-    return taken, moments[0], moments[1]
+    return float(ray.get(handle.__ray_call__.remote(lambda actor: time.process_time())))
 
 
-def window(leased: bool, pairs: int, settings: dict[str, Any]) -> float:
-    """Return events a second, from as many producers to as many readers."""
+def window(leased: bool, load: Load) -> Measured:
+    """Run one window, from as many producers to as many readers."""
     import ray
 
     name = f"cost-{uuid4().hex[:8]}"
     if leased:
-        connect_queue(QueueAddress(name, max_events=CAPACITY), "events")
+        connect_queue(_address(name), "events")
         handle = ray.get_actor(name, namespace="peaknet")
     else:
         options = {"name": name, "namespace": "peaknet", "num_cpus": 0, "max_concurrency": 1000}
         handle = ray.remote(BareQueue).options(**options).remote()
-        ray.get(handle.open.remote(pairs))
-    readers: list[ClusterTask] = [run_in_cluster(read, name, leased) for _ in range(pairs)]
-    for rank in range(pairs):
-        run_in_cluster(produce, name, leased, rank, settings, pairs)
-    found = [reader.result() for reader in readers]
+        ray.get(handle.open.remote(load.pairs))
+    used_s = cpu_seconds(handle)
+    readers = [run_in_cluster(read, name, leased) for _ in range(load.pairs)]
+    producers = [run_in_cluster(produce, name, leased, k, load) for k in range(load.pairs)]
+    times = [producer.result() for producer in producers]
+    arrivals = [one for reader in readers for one in reader.result()]
+    used_s = cpu_seconds(handle) - used_s
     ray.kill(handle)
-    busy = [(count, first, last) for count, first, last in found if count]
-    seconds = max(last for _, _, last in busy) - min(first for _, first, _ in busy)
-    return float(sum(count for count, _, _ in busy) / seconds)
+    first, last = max(began for began, _ in times), min(ended for _, ended in times)
+    counted = sum(count for at, count in arrivals if first <= at < last)
+    at_work_s = max(ended for _, ended in times) - min(began for began, _ in times)
+    return Measured(counted / (last - first), used_s / at_work_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=4.0)
-    parser.add_argument("--rate_hz", type=float, help="of all producers; as fast as possible")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of a window, at 1,000 a second"
-    )
-    parser.add_argument("--windows", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of an event, in 2**20 bytes")
+    parser.add_argument("--rate_hz", type=float, default=1000.0, help="of all producers together")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a window")
+    parser.add_argument("--rounds", type=int, default=4, help="windows of each of the four cases")
     parser.add_argument("--pairs", type=int, default=4, help="producers, and readers")
     arguments = parser.parse_args()
+    began = time.monotonic()
     connect("local")
-    pairs = arguments.pairs
-    num_events = max(1, int((arguments.rate_hz or 1000) * arguments.seconds / pairs / LOT)) * LOT
-    rate_hz = None if arguments.rate_hz is None else arguments.rate_hz / pairs
     nbytes = int(arguments.megabytes * 2**20)
-    settings = {"num_events": num_events, "nbytes": nbytes, "rate_hz": rate_hz}
-    rates: dict[bool, list[float]] = {False: [], True: []}
-    window(True, pairs, {**settings, "num_events": 10 * LOT})  # the workers' own start-up
-    for k in range(arguments.windows):
-        for leased in (k % 2 == 0, k % 2 == 1):
-            rates[leased].append(window(leased, pairs, settings))
-    bare, leased_rate = (statistics.median(rates[kind]) for kind in (False, True))
-    print(f"events of {arguments.megabytes:g} MB, {pairs} producers, {pairs} readers")
-    for kind, name in ((False, "bare"), (True, "leased")):
-        print(f"{name:8} {', '.join(f'{rate:.0f}' for rate in rates[kind])} events/s")
-    print(f"medians  {bare:.0f} and {leased_rate:.0f}; leased of bare: {leased_rate / bare:.3f}")
+    loads = {
+        f"{arguments.rate_hz:g} events/s": arguments.rate_hz,
+        "as fast as possible": None,
+    }
+    cases = [(what, leased) for what in loads for leased in (False, True)]
+    measured: dict[tuple[str, bool], list[Measured]] = {case: [] for case in cases}
+    for leased in (False, True):  # the workers' own start-up
+        window(leased, Load(arguments.pairs, nbytes, 0.5, None))
+    for k in range(arguments.rounds):
+        for what, leased in cases if k % 2 == 0 else reversed(cases):
+            load = Load(arguments.pairs, nbytes, arguments.seconds, loads[what])
+            measured[what, leased].append(window(leased, load))
+    print(
+        f"{os.cpu_count()} cores, Python {platform.python_version()}; events of "
+        f"{arguments.megabytes:g} MB, {arguments.pairs} producers, {arguments.pairs} readers; "
+        f"{arguments.rounds} windows of {arguments.seconds:g} s each; "
+        f"{time.monotonic() - began:.0f} s in all"
+    )
+    print(f"{'':20} {'queue':8} {'median':>8}  {'queue CPU':>9}  windows, events/s")
+    medians: dict[tuple[str, bool], float] = {}
+    for what, leased in cases:
+        windows = measured[what, leased]
+        medians[what, leased] = statistics.median(one.rate_hz for one in windows)
+        print(
+            f"{what:20} {'leased' if leased else 'bare':8} {medians[what, leased]:8.0f}  "
+            f"{statistics.median(one.actor_cpu for one in windows):8.0%}   "
+            f"{', '.join(f'{one.rate_hz:.0f}' for one in windows)}"
+        )
+    for what in loads:
+        print(f"{what}: leased of bare {medians[what, True] / medians[what, False]:.3f}")
 
 
 if __name__ == "__main__":

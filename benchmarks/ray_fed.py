@@ -34,7 +34,7 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.queues import QueueAddress, connect_queue, run_in_cluster
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
-from peaknet_predict.types import Image, Result
+from peaknet_predict.types import EventId, Image, Result
 
 
 class Repeated(EventSource):
@@ -93,10 +93,10 @@ def send(name: str, num_events: int) -> float:
     client.open("sender")
     reader = run_in_cluster(discard, queue)
     source = Repeated(num_events)
-    lot: list[Any] = []
+    lot: list[Result] = []
     began = 0.0
     for idx, image, energy in source.events():
-        lot.append(Result(("s", 0, idx), image, np.zeros((50, 3)), energy))  # type: ignore[arg-type]
+        lot.append(Result(EventId("s", 0, idx), image, np.zeros((50, 3)), energy))
         if len(lot) == EVENTS:
             client.put("sender", lot)
             began = began or time.perf_counter()
@@ -140,7 +140,7 @@ def ray_fed(
         for rank in range(producers):
             run_in_cluster(produce, events, num_events // producers, rate_hz, producers, rank)
 
-    writer, clock = QueueWriter(results), Clock(start)
+    writer, clock = QueueWriter(results, balance=None), Clock(start)
     trainer = make_trainer(writer, clock)
     trainer.predict(module, datamodule=data, return_predictions=False)
     return clock.moments, writer

@@ -150,7 +150,12 @@ class CxiOutput(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Let the consumer write what it was sent before the cluster ends with this process."""
+        """Let the consumer write what it was sent before the cluster ends with this process.
+
+        Not after a second signal: what is not in a file by then stays in the queue.
+        """
+        if isinstance(exception, KeyboardInterrupt):
+            return
         if self._writer is not None and self._writer.rank_zero_is_gone:
             self._take_over(self._writer)
         if self._consumer is None:

@@ -7,9 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from queue import Full
-from queue import Queue as BoundedQueue
 from typing import Any
 from uuid import uuid4
 
@@ -17,11 +14,18 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from peaknet_predict.balance import BalanceError, SurvivedError, queue_balance, write_balance
+from callbacks.outbox import Outbox
+from callbacks.roster import Roster
+from peaknet_predict.balance import (
+    BalanceError,
+    SurvivedError,
+    path_of_rank,
+    queue_balance,
+    write_balance,
+)
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.queues import (
-    NativeQueue,
     Queue,
     QueueAddress,
     QueueError,
@@ -32,75 +36,7 @@ from peaknet_predict.types import EventBatch, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
 
-_CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
-_LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
-_LATENCIES_KEPT = 10_000
 _REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
-
-
-class _Outbox:
-    """A thread that puts results into the output queue while the caller goes on.
-
-    Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
-    batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
-    ``accepted`` is called with the events whose results the output queue has.
-
-    Attributes
-    ----------
-    delivered
-        Results that the output queue has accepted.
-    latencies_s
-        Seconds from an event's entry into the input queue to the acceptance of its result by the
-        output queue, of the latest results whose entry is known.
-    """
-
-    def __init__(
-        self, queue: Queue, producer: str, accepted: Callable[[list[EventId]], None]
-    ) -> None:
-        self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
-        self.delivered = 0
-        self._queue = queue
-        self._producer = producer
-        self._accepted = accepted
-        self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
-        self._thread.start()
-
-    def put(self, results: list[Result] | None, check: Callable[[], None]) -> None:
-        """Hand over results; raises what went wrong with earlier ones.
-
-        While there is no room, ``check`` is called now and then, to raise if there never will be.
-        """
-        while self._error is None:
-            try:
-                self._waiting.put(results, timeout=_CHECK_S)
-                return
-            except Full:
-                check()
-        raise self._error
-
-    def close(self, check: Callable[[], None]) -> None:
-        """Wait until everything handed over has been accepted; raises if it has not."""
-        if self._thread.is_alive():
-            self.put(None, check)
-        while self._thread.is_alive():
-            self._thread.join(timeout=_CHECK_S)
-            check()
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        while (results := self._waiting.get()) is not None:
-            try:
-                self._queue.put(self._producer, results)
-                self._accepted([result.id for result in results])
-            except BaseException as error:
-                self._error = error
-                return
-            self.delivered += len(results)
-            now = time.time()
-            self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
 
 
 class QueueWriter(BasePredictionWriter):
@@ -131,8 +67,6 @@ class QueueWriter(BasePredictionWriter):
     ----------
     predicted, refused, hits, peaks
         Counts of this rank.
-    rank_zero_is_gone
-        Whether rank 0 died or fell silent before this rank's end.
     check_consumer
         Called while the output queue is full; to be set by who knows the consumer, raises if there
         is none any more.
@@ -166,11 +100,10 @@ class QueueWriter(BasePredictionWriter):
         self._results: list[Result] = []
         self._batches_accumulated = 0
         self._queue: Queue | None = None
-        self._outbox: _Outbox | None = None
-        self._roster: NativeQueue | None = None
+        self._outbox: Outbox | None = None
+        self._roster: Roster | None = None
         self._producer = self._run = ""
         self._signed_off = False
-        self.rank_zero_is_gone = False
         self._last_refusal: Refusal | None = None
         self._dataset: QueueDataset | None = None
         self._stop_requested = threading.Event()
@@ -186,30 +119,22 @@ class QueueWriter(BasePredictionWriter):
         run = trainer.strategy.broadcast(uuid4().hex[:8])
         producers = [f"{self._run}{run}:rank{rank}" for rank in range(trainer.world_size)]
         self._producer = producers[trainer.global_rank]
-        # Several ranks sign off on a roster of their own, so that rank 0 knows when the last one
-        # has pushed its last result, whatever kind of queue the output is and whoever else writes
-        # to it. It belongs to rank 0, which leaves last.
-        roster = QueueAddress(
-            f"{self.queue_address.name}.roster.{run}",
-            # A rank that is silent for as long has lost what it held.
-            producer_timeout_s=self.queue_address.lease_s,
-        )
+        # A rank that is silent for a lease's time has lost what it held.
+        roster = (f"{self.queue_address.name}.roster.{run}", producers, trainer.global_rank)
+        silence_s = self.queue_address.lease_s
         if trainer.is_global_zero:
             if trainer.world_size > 1:
-                self._roster = _roster(roster)
-                # All of them by rank 0: a rank that dies before it gets here is missed, too.
-                for producer in producers:
-                    self._roster.announce(producer, of=trainer.world_size)
+                self._roster = Roster(*roster, silence_s)
             self._queue = connect_queue(self.queue_address, "results")
         trainer.strategy.barrier("the output queue and the roster exist")
         if not trainer.is_global_zero:
-            self._roster = _roster(roster)
+            self._roster = Roster(*roster, silence_s)
             self._queue = connect_queue(self.queue_address, "results")
         assert self._queue is not None
         if self._roster is not None:
-            self._roster.open(self._producer, of=trainer.world_size)
+            self._roster.sign_on()
         self._queue.open(self._producer, of=trainer.world_size)
-        self._outbox = _Outbox(self._queue, self._producer, self._acknowledge)
+        self._outbox = Outbox(self._queue, self._producer, self._acknowledge)
 
     def write_on_batch_end(
         self,
@@ -264,10 +189,31 @@ class QueueWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Deliver what is finished; readers learn that the stream is incomplete and why."""
+        """Deliver what is finished; readers learn that the stream is incomplete and why.
+
+        After a second signal nothing more is delivered: what is not acknowledged goes back.
+        """
         if self._outbox is None or self._signed_off:
             return
         reason = f"{type(exception).__name__}: {exception}"
+        at_once = isinstance(exception, KeyboardInterrupt)
+        if at_once:
+            reason = "stopped at once by a second signal"
+        else:
+            self._deliver_finished()
+        if self._dataset is not None:
+            # What is left may be what caused it; the queue counts, and isolates it in the end.
+            innocent = isinstance(exception, KeyboardInterrupt | BalanceError)
+            self._dataset.release(None if innocent else reason)
+        self._log_balance(trainer)
+        elsewhere = None
+        try:
+            elsewhere = self._sign_off(trainer, reason, wait_for_ranks=not at_once)
+        except Exception:
+            log.exception("the end of the stream could not be marked")
+        self._write_balance(trainer, reason, elsewhere)
+
+    def _deliver_finished(self) -> None:
         while self._pending:
             try:
                 self._collect()
@@ -277,17 +223,6 @@ class QueueWriter(BasePredictionWriter):
             self._drain()
         except Exception:
             log.exception("results of the last batches could not be delivered")
-        if self._dataset is not None:
-            # What is left may be what caused it; the queue counts, and isolates it in the end.
-            stopped = isinstance(exception, KeyboardInterrupt | BalanceError)
-            self._dataset.release(None if stopped else reason)
-        self._log_balance(trainer)
-        elsewhere = None
-        try:
-            elsewhere = self._sign_off(trainer, reason)
-        except Exception:
-            log.exception("the end of the stream could not be marked")
-        self._write_balance(trainer, reason, elsewhere)
 
     def _log_balance(self, trainer: L.Trainer) -> None:
         dataset = self._dataset
@@ -409,81 +344,38 @@ class QueueWriter(BasePredictionWriter):
         dataset = self._dataset
         return dataset is not None and dataset.queue.native and dataset.ended
 
-    def _sign_off(self, trainer: L.Trainer, failure: str | None) -> str | None:
+    def _sign_off(
+        self, trainer: L.Trainer, failure: str | None, wait_for_ranks: bool = True
+    ) -> str | None:
         """Close this rank's part; rank 0 leaves last, and marks the end for old-style readers.
 
         Returns what is wrong with other ranks, as far as this one knows.
         """
-        assert self._queue is not None
-        if self._queue.native:
+        queue = self._queue
+        assert queue is not None
+        if queue.native:
             if self._leased_to_its_end:
                 # All there is to push has been pushed, by whichever rank.
-                self._queue.vouch(self._run, failure, self.num_consumers)
+                queue.vouch(self._run, failure, self.num_consumers)
             else:
-                self._queue.close(self._producer, failure, self.num_consumers)
+                queue.close(self._producer, failure, self.num_consumers)
         elsewhere = None
         if self._roster is not None:
-            try:
-                self._roster.close(self._producer, failure)
-                if trainer.is_global_zero:
-                    elsewhere = self._wait_for_ranks()
-            except QueueError:
-                elsewhere = "rank 0, which is to leave last, is gone"
-                self.rank_zero_is_gone = True
+            elsewhere = self._roster.sign_off(failure, wait_for_ranks, lambda: queue.size() > 0)
             if not trainer.is_global_zero and self._leased_to_its_end:
-                elsewhere = elsewhere or self._look_at_rank_zero(trainer)
-        if not self._queue.native and trainer.is_global_zero:
-            self._queue.close(self._producer, failure or elsewhere, self.num_consumers)
+                elsewhere = elsewhere or self._roster.look_at_rank_zero()
+        if not queue.native and trainer.is_global_zero:
+            queue.close(self._producer, failure or elsewhere, self.num_consumers)
         return elsewhere
 
     @property
-    def _rank_zero(self) -> str:
-        return f"{self._producer.rpartition(':')[0]}:rank0"
+    def rank_zero_is_gone(self) -> bool:
+        """Whether rank 0 died or fell silent before this rank's end."""
+        return self._roster is not None and self._roster.rank_zero_is_gone
 
     def rank_zero_is_lost(self) -> bool:
         """Whether rank 0 has died or fallen silent while this rank, another, is at work."""
-        if self._roster is None:
-            return False
-        try:
-            return "silent" in self._roster.statistics().failures.get(self._rank_zero, "")
-        except QueueError:
-            return True  # the roster is rank 0's, which leaves last
-
-    def _look_at_rank_zero(self, trainer: L.Trainer) -> str | None:
-        """Say whether rank 0 is gone: what it was to do at the end is then another's."""
-        assert self._roster is not None
-        rank_zero = self._rank_zero
-        deadline = time.monotonic() + 2 * self.queue_address.lease_s
-        try:
-            while time.monotonic() < deadline:
-                statistics = self._roster.statistics()
-                if rank_zero in statistics.failures:
-                    self.rank_zero_is_gone = "silent" in statistics.failures[rank_zero]
-                    return f"rank 0: {statistics.failures[rank_zero]}"
-                if rank_zero not in statistics.open_producers:
-                    return None
-                time.sleep(0.2)
-        except QueueError:
-            pass  # the roster goes with rank 0, also when all is well
-        return None
-
-    def _wait_for_ranks(self) -> str | None:
-        """Wait until every rank has signed off or fallen silent; return what went wrong."""
-        assert self._queue is not None
-        assert self._roster is not None
-        deadline = time.monotonic() + _LAST_RANK_S
-        while not self._roster.wait_ended(timeout_s=2.0):
-            missing = self._roster.statistics().open_producers
-            if self._queue.size():
-                # They may be waiting for room, which is the consumer's to make.
-                deadline = time.monotonic() + _LAST_RANK_S
-            if time.monotonic() > deadline:
-                log.error("gave up waiting for %s", ", ".join(missing))
-                return f"{', '.join(missing)} did not end"
-            log.info("waiting for %s to push its last results", ", ".join(missing))
-        failures = self._roster.statistics().failures
-        failures.pop(self._producer, None)
-        return "; ".join(f"{who}: {what}" for who, what in failures.items()) or None
+        return self._roster is not None and self._roster.rank_zero_is_lost()
 
     def _write_balance(
         self, trainer: L.Trainer, problem: str | None, elsewhere: str | None
@@ -491,9 +383,7 @@ class QueueWriter(BasePredictionWriter):
         """Write the record of this rank's run, as JSON."""
         if self.balance is None:
             return
-        path = Path(self.balance)
-        if not trainer.is_global_zero:
-            path = path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+        path = path_of_rank(self.balance, trainer.global_rank)
         dataset = self._dataset
         received = self.predicted + self.refused if dataset is None else dataset.received
         stages: dict[str, Any] = {
@@ -513,9 +403,3 @@ class QueueWriter(BasePredictionWriter):
             write_balance(path, {"problem": problem, "other_ranks": elsewhere, "stages": stages})
         except (OSError, QueueError) as error:
             log.error("the balance could not be written to %s: %s", path, error)
-
-
-def _roster(address: QueueAddress) -> NativeQueue:
-    roster = connect_queue(address, "results", outlives_us=False)
-    assert isinstance(roster, NativeQueue)
-    return roster

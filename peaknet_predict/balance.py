@@ -35,6 +35,12 @@ def queue_balance(queue: Any) -> dict[str, Any]:
     return balance
 
 
+def path_of_rank(path: str | Path, rank: int) -> Path:
+    """Return where a rank writes its record: rank 0 under the given name, others beside it."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+
+
 def write_balance(path: str | Path, balance: Mapping[str, Any]) -> None:
     """Write the record of a run as JSON, whole or not at all.
 

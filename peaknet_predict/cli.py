@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -23,7 +24,7 @@ from peaknet_predict.balance import (
 )
 from peaknet_predict.cxi import CxiWriteError
 from peaknet_predict.queues import ClusterError, QueueError
-from peaknet_predict.stopping import GRACE_S
+from peaknet_predict.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.supervise import Layout, note_started, supervise
 
 log = logging.getLogger("peaknet_predict")
@@ -93,7 +94,15 @@ class PredictCLI(LightningCLI):
             self.exit_code = supervise(self._words, layout, grace_s)
             return
         self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
-        self.trainer.predict(**kwargs, return_predictions=False)
+        # What there is to finish begins with the first lease, in a block of the dataset's own.
+        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S), begun=False) as stop:
+            try:
+                self.trainer.predict(**kwargs, return_predictions=False)
+            except SystemExit:
+                # What Lightning makes of a KeyboardInterrupt.
+                if stop.at_once:
+                    raise KeyboardInterrupt from None
+                raise
 
     def _layout(self) -> Layout | None:
         """Return the ranks to be started here; None if this is one, or the only one."""
@@ -146,6 +155,8 @@ class _Started(L.Callback):
     """Tells the supervisor when this rank needs no other any more."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's handler of SIGTERM talks to the other ranks, which may be gone.
+        listen_again()
         note_started(trainer.local_rank)
 
 
@@ -196,6 +207,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return EXIT_SURVIVED
     except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
+        return EXIT_FAILED
+    except MisconfigurationException as error:
+        # Lightning's, of the trainer's settings: most often a GPU that is not there.
+        log.error(
+            "the trainer cannot be made: %s. `peaknet-predict doctor` says what this machine has; "
+            "-c configs/topology/cpu.yaml needs no GPU",
+            str(error).strip().rstrip(".!"),
+        )
         return EXIT_FAILED
     except ValueError as error:
         # Of a setting, nearly always: the sentence is what helps, a traceback hides it.

@@ -1,17 +1,14 @@
-"""Writing results to CXI files: when a file begins and ends, and how it comes to its name.
+"""Writing results to CXI files: which event goes into which file, and when a file is full.
 
-What is in a file is described in `cxi_file`.
+What is in a file is described in `cxi_file`; how files come to their names, in `cxi_directory`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import logging
 import os
 import re
-import secrets
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,34 +17,14 @@ from typing import Literal
 
 import numpy as np
 
-from peaknet_predict.cxi_file import CxiRow, kind_of, read_ids, write_cxi_file
+from peaknet_predict.cxi_directory import CxiDirectory, CxiWriteError, write_error
+from peaknet_predict.cxi_file import CxiRow, kind_of, write_cxi_file
 from peaknet_predict.integrate import integrate_peaks
-from peaknet_predict.keys import KeySet
-from peaknet_predict.types import ANYONE, EventId, Result
+from peaknet_predict.types import EventId, Result
 
 logger = logging.getLogger(__name__)
 
-LIST_NAME = "files.lst"
-
-
-class CxiWriteError(OSError):
-    """A file could not be written; the message names the path and what to do next."""
-
-
-def _write_error(path: Path, cause: BaseException, consequence: str) -> CxiWriteError:
-    number = getattr(cause, "errno", None) or errno.EIO
-    reason = getattr(cause, "strerror", None) or str(cause)
-    return CxiWriteError(number, f"{reason}. {consequence}{_next_step(number)}", str(path))
-
-
-def _next_step(number: int) -> str:
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "Free space or raise the quota there, then try again"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "Make the directory writable (hard links included) or choose another one"
-    if number in (errno.ENOENT, errno.ENOTDIR):
-        return "Create the directory or mount its file system, then try again"
-    return "Check the file system, then try again"
+__all__ = ["CxiStatistics", "CxiWriteError", "CxiWriter"]
 
 
 @dataclass(slots=True)
@@ -158,44 +135,17 @@ class CxiWriter:
             )
         if compression not in ("none", "gzip"):
             raise ValueError(f"compression is 'none' or 'gzip', not {compression!r}")
-        # Resolved, so that the list stays right when the reader works in another directory.
-        self._directory = Path(directory).resolve()
-        self._prefix = prefix
+        self._directory = CxiDirectory(directory, prefix, owner, create)
         self._events_per_file = events_per_file
         self._min_peaks = min_peaks
         self._max_peaks = max_peaks
         self._compression = compression
         self._max_file_bytes = max_file_bytes
-        self._owner = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
         self._still_ours = still_ours
-        self._known = KeySet()
-        self._looked_at: set[str] = set()
         self._rows: list[CxiRow] = []
         self._settled: list[EventId] = []
-        self._list_is_stale = False
         self._closed = False
         self.statistics = CxiStatistics()
-        try:
-            # No parents: a path that is misspelt or not mounted must not be made up.
-            if create:
-                self._directory.mkdir(exist_ok=True)
-            elif not self._directory.is_dir():
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            if not os.access(self._directory, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise _write_error(self._directory, error, "") from error
-        for name in os.listdir(self._directory):
-            if name.startswith(f".{prefix}.") and name.endswith(".tmp"):
-                leftover = self._directory / name
-                logger.warning("%s is unfinished: delete it unless a writer is at work", leftover)
-        self._look_up()
-        if len(self._known):
-            logger.info(
-                "%s: %d events are in finished files and will not be written again",
-                self._directory,
-                len(self._known),
-            )
 
     def __enter__(self) -> CxiWriter:
         return self
@@ -241,7 +191,7 @@ class CxiWriter:
         if self._closed:
             raise ValueError("this writer is closed")
         in_memory = any(row.result.id == result.id for row in self._rows)
-        if in_memory or result.id in self._known:
+        if in_memory or result.id in self._directory.known:
             self.statistics.taken += 1
             self.statistics.duplicates += 1
             if not in_memory:
@@ -285,16 +235,7 @@ class CxiWriter:
         CxiWriteError
             If the directory cannot be read or changed.
         """
-        try:
-            for owner in owners:
-                if owner != self._owner:
-                    name = owner if owner == ANYONE else glob.escape(owner)
-                    pattern = f".{glob.escape(self._prefix)}.{name}.*.tmp"
-                    for path in self._directory.glob(pattern):
-                        path.unlink(missing_ok=True)
-            self._look_up()
-        except OSError as error:
-            raise _write_error(self._directory, error, "Nothing was written. ") from error
+        self._directory.fence(owners)
         return self._take_settled()
 
     def flush(self) -> list[EventId]:
@@ -329,8 +270,8 @@ class CxiWriter:
         """
         if self._rows:
             self._write_file()
-        if self._list_is_stale:
-            self._update_list()
+        if self._directory.list_is_stale:
+            self._directory.update_list()
         self._closed = True
         return self._take_settled()
 
@@ -374,20 +315,19 @@ class CxiWriter:
     def _write_file(self) -> None:
         """Write all events in memory to one file, and forget them once it is finished."""
         rows = self._rows
-        name = f".{self._prefix}.{self._owner}.{secrets.token_hex(4)}.tmp"
-        temporary = self._directory / name
+        temporary = self._directory.temporary_name()
         try:
             with open(temporary, "xb+", buffering=0) as raw:
                 write_cxi_file(raw, rows, self._max_peaks, self._compression)
                 os.fsync(raw.fileno())
             # Asked while the file exists: whoever takes over later deletes it, and the next step
             # then fails.
-            lost = {row.result.id for row in rows}
-            lost.difference_update(self._still_ours(lost))
-            path = None if lost else self._publish(temporary)
+            ids = {row.result.id for row in rows}
+            lost = ids.difference(self._still_ours(ids))
+            path = None if lost else self._directory.publish(temporary, ids)
         except (OSError, RuntimeError) as error:
             stay = f"The {len(rows)} events of the file stay in memory. "
-            raise _write_error(self._directory, error, stay) from error
+            raise write_error(self._directory.path, error, stay) from error
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -396,12 +336,9 @@ class CxiWriter:
             return
         self._rows = []
         self._count(path, rows)
-        self._looked_at.add(path.name)
-        for row in rows:
-            self._known.add(row.result.id)
         self._settled += [row.result.id for row in rows]
         try:
-            self._update_list()
+            self._directory.update_list()
         except CxiWriteError as error:
             # The events are safe; the list is made anew with the next file, or in close().
             logger.warning("%s", error)
@@ -414,26 +351,6 @@ class CxiWriter:
         if self._rows:
             self._write_file()
 
-    def _look_up(self) -> None:
-        """Read which events are in finished files that have not been looked at yet."""
-        pattern = self._name_pattern()
-        for name in sorted(os.listdir(self._directory)):
-            if name in self._looked_at or not pattern.fullmatch(name):
-                continue
-            self._looked_at.add(name)
-            try:
-                for key in read_ids(self._directory / name):
-                    self._known.add(key)
-            except (OSError, KeyError) as error:
-                logger.warning(
-                    "%s says not which events are in it (%s): they would be written again",
-                    self._directory / name,
-                    error,
-                )
-
-    def _name_pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self._prefix) + r"_(\d{4,})\.cxi")
-
     def _count(self, path: Path, rows: list[CxiRow]) -> None:
         statistics = self.statistics
         without_energy = sum(not row.result.photon_energy > 0 for row in rows)
@@ -443,64 +360,3 @@ class CxiWriter:
         statistics.truncated += sum(row.truncated for row in rows)
         statistics.without_energy += without_energy
         statistics.files.append(path)
-
-    def _publish(self, temporary: Path) -> Path:
-        """Give a finished file the next free number, durably."""
-        pattern = self._name_pattern()
-        taken = [
-            int(match[1])
-            for entry in os.listdir(self._directory)
-            if (match := pattern.fullmatch(entry))
-        ]
-        number = max(taken, default=-1) + 1
-        while True:
-            path = self._directory / f"{self._prefix}_{number:04d}.cxi"
-            try:
-                # A link fails where the name exists; a rename would replace the other file.
-                os.link(temporary, path)
-                break
-            except FileExistsError:
-                number += 1
-        try:
-            temporary.unlink()
-            _sync_directory(self._directory)
-        except OSError:
-            # Not known to be durable, so its events will be written again: not twice, though.
-            path.unlink(missing_ok=True)
-            raise
-        return path
-
-    def _update_list(self) -> None:
-        """Write the names of all CXI files of the directory, for ``indexamajig -i``."""
-        self._list_is_stale = True
-        path = self._directory / LIST_NAME
-        temporary = self._directory / f".{LIST_NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        try:
-            listed: list[Path] | None = None
-            # Another writer may finish a file and write the list between our two steps. Whoever
-            # writes last looks again, so no file is missed.
-            while (found := sorted(self._directory.glob("*.cxi"))) != listed:
-                with open(temporary, "x", encoding="utf-8") as stream:
-                    stream.writelines(f"{file}\n" for file in found)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, path)
-                listed = found
-        except OSError as error:
-            raise _write_error(path, error, "The CXI files are complete. ") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        self._list_is_stale = False
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync directories
-            raise
-    finally:
-        os.close(descriptor)

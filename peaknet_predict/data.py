@@ -412,8 +412,14 @@ class QueueDataModule(L.LightningDataModule):
             grace_s=self.grace_s,
         )
         if self.source is not None and self.trainer.is_global_zero:
+            # Its working directory is its own, and the record of this run says what was fed.
             self._feeder = run_in_cluster(
-                feed, self.source, self.queue_address, cluster, self.source_rate_hz
+                feed,
+                self.source,
+                self.queue_address,
+                cluster,
+                self.source_rate_hz,
+                balance=None,
             )
 
     def predict_dataloader(self) -> DataLoader[EventBatch]:

@@ -154,13 +154,13 @@ def _check_token() -> Iterator[Finding]:
 
 
 def _check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[Finding]:
-    import ray
-
     try:
         cluster = connect(address)
     except ClusterError as error:
         yield Finding("FAIL", str(error))
         return
+    import ray  # not before: it reads its settings when it is imported
+
     alive = [node for node in ray.nodes() if node["Alive"]]
     gpus = ray.cluster_resources().get("GPU", 0)
     yield Finding(

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peaknet_predict.queues import Queue, QueueAddress, connect_queue
+from peaknet_predict.balance import path_of_rank, queue_balance, write_balance
+from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
-from peaknet_predict.stopping import stop_requests
+from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import Event, EventId
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def feed(
     rank: int = 0,
     producers: int = 1,
     stream: str | None = None,
+    grace_s: float = GRACE_S,
+    balance: str | None = "feed_balance.json",
 ) -> FeedReport:
     """Push events into an input queue, and mark the end of the stream.
 
@@ -78,6 +81,11 @@ def feed(
     stream
         A name for this stream, unlike any other's. Started again with the name, a producer that was
         killed goes on behind the last event that the queue has accepted. By default a new name.
+    grace_s
+        How long it may take to its end after Ctrl-C or SIGTERM.
+    balance
+        File for the record of the run: what was fed, and what the queue says of its events. Ranks
+        above 0 add their number to the name. None writes none.
 
     Raises
     ------
@@ -92,6 +100,8 @@ def feed(
         raise ValueError(f"num_events is {num_events}; give 0 or more")
     if producers < 1:
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
+    if grace_s < 0:
+        raise ValueError(f"grace_s is {grace_s}; give 0 or more seconds")
     connect(address)
     return push(
         source,
@@ -102,6 +112,8 @@ def feed(
         rank,
         producers,
         stream,
+        grace_s,
+        balance,
     )
 
 
@@ -114,6 +126,8 @@ def push(
     rank: int = 0,
     producers: int = 1,
     stream: str | None = None,
+    grace_s: float = GRACE_S,
+    balance: str | None = None,
 ) -> FeedReport:
     """Push events into a connected queue; parameters as for `feed`."""
     if stream is not None and not queue.native:
@@ -128,13 +142,14 @@ def push(
     producer = f"feed:{stream}:{rank}"
     queue.open(producer, of=producers)
     started = time.monotonic()
-    fed = 0
+    read = fed = 0
     failure: str | None = "the producer ended early"
-    try:
-        with stop_requests() as stop:
+    with stop_requests(grace_s) as stop:
+        try:
             for chunk in _chunks(
                 _identified(source, stream, rank, num_events, loop, first), rate_hz
             ):
+                read += len(chunk)
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
                 if stop.is_set():
@@ -142,13 +157,35 @@ def push(
                 for event in chunk:
                     event.put_at = time.time()
                 fed += queue.put(producer, chunk, stop)
-            failure = "interrupted" if stop.is_set() else None
-    except BaseException as error:
-        failure = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        queue.close(producer, failure)
-    return FeedReport(stream, fed, time.monotonic() - started, failure is not None)
+            # A signal that comes with the last event has interrupted nothing.
+            failure = "interrupted" if fed < read else None
+        except BaseException as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            queue.close(producer, failure)
+            report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
+            if balance is not None:
+                _write_balance(balance, queue, report, rank, first, failure)
+    return report
+
+
+def _write_balance(
+    path: str, queue: Queue, report: FeedReport, rank: int, first: int, problem: str | None
+) -> None:
+    """Write the record of this producer's run, as JSON."""
+    counts = {
+        "stream": report.stream,
+        "rank": rank,
+        "fed": report.events,
+        "fed_before": first,
+        "seconds": report.seconds,
+    }
+    try:
+        stages = {"feed": counts, "input": queue_balance(queue)}
+        write_balance(path_of_rank(path, rank), {"problem": problem, "stages": stages})
+    except (OSError, QueueError) as error:
+        log.error("the balance could not be written to %s: %s", path, error)
 
 
 def _identified(

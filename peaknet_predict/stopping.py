@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM as a request to stop, instead of an exception in the middle of anything."""
+"""Ctrl-C and SIGTERM as a request to stop, instead of an exception in the middle of anything.
+
+The first signal asks to finish what is under way, a second one to stop at once. Both hold even if
+the main thread hangs in foreign code, where Python runs no handlers: a thread of its own hears of
+signals through the wake-up pipe, and ends the process when its time is over.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,49 +22,138 @@ GRACE_S = 30.0
 """How long, unless told otherwise, a process may take from a request to stop to its end."""
 
 _MARGIN_S = 10.0  # beyond the grace, for what is not asked whether its time is over
+_AT_ONCE_S = 5.0  # after a second signal, for giving back what is held
+_ONE_REQUEST_S = 1.0  # signals so close together are one: batch systems reach a process twice
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _EXIT_INCOMPLETE = 3
+_END = 0  # in the pipe: no signal, but the end of listening
+
+
+class StopRequest(threading.Event):
+    """Set by the first signal.
+
+    Attributes
+    ----------
+    grace_s
+        How long the process may take to its end from then on.
+    at_once
+        Whether a second signal has come, or the first before there was anything to finish.
+    begun
+        Whether there is anything to finish.
+    """
+
+    def __init__(self, grace_s: float, begun: bool) -> None:
+        super().__init__()
+        self.grace_s = grace_s
+        self.at_once = False
+        self.begun = begun
+        self._raised = False
+        self._came_at = 0.0
+        self._watchdog: threading.Timer | None = None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt the main thread, once, if there has been a second signal."""
+        # What a signal means is decided where they are heard of; here it may be late.
+        if self.at_once and not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
+
+    def note(self, number: int) -> None:
+        """Take notice of a signal."""
+        name = signal.Signals(number).name
+        now = time.monotonic()
+        if not self.is_set() and self.begun:
+            self._came_at = now
+            log.warning("%s: finishing what is under way; once more stops at once", name)
+            self._end_after(self.grace_s + _MARGIN_S)
+            self.set()
+        elif not self.at_once and now - self._came_at > _ONE_REQUEST_S:
+            self.at_once = True
+            log.warning("%s: stopping at once", f"{name} again" if self.is_set() else name)
+            self.set()
+            self._end_after(_AT_ONCE_S)
+            # To a main thread that waits: the signal itself may have gone to another one. SIGINT,
+            # because that is no sudden death either if the block has just been left.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def forget(self) -> None:
+        """Let the process live on, and interrupt it no more: what was asked to stop has ended."""
+        self._raised = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
+    def _end_after(self, seconds: float) -> None:
+        def end() -> None:
+            log.error("still here %.0f s after being asked to stop: ended", seconds)
+            os._exit(_EXIT_INCOMPLETE)
+
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._watchdog = threading.Timer(seconds, end)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+
+_current: StopRequest | None = None
 
 
 @contextmanager
-def stop_requests(grace_s: float = GRACE_S) -> Iterator[threading.Event]:
+def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[StopRequest]:
     """Give an event that Ctrl-C and SIGTERM set while the block runs.
 
     Whoever works in the block looks at it between two pieces of work, finishes what it holds and
-    leaves. A second signal raises `KeyboardInterrupt` at once. A process that is still there some
-    seconds after ``grace_s``, because something hangs, is ended: what it holds goes back when its
-    leases end.
+    leaves. A second signal raises `KeyboardInterrupt`. A process that is still in the block some
+    seconds after ``grace_s``, or after a second signal, because something hangs, is ended: what it
+    holds goes back when its leases end.
 
-    Enter it after the Ray cluster has been joined: Ray installs a handler of its own, which would
-    end the process. Outside the main thread, where Python knows no signals, the event is never set.
+    A block within a block has the same event. With ``begun`` false in the outer one, there is
+    nothing to finish before the inner one, and a first signal stops at once. Outside the main
+    thread, where Python knows no signals, the event is never set.
     """
-    requested = threading.Event()
+    global _current
     if threading.current_thread() is not threading.main_thread():
-        yield requested
+        yield StopRequest(grace_s, begun)
         return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
-        _end_after(grace_s + _MARGIN_S)
-        name = signal.Signals(number).name
-        log.warning("%s: finishing what is under way; once more stops at once", name)
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    if _current is not None:
+        _current.begun |= begun
+        listen_again()
+        yield _current
+        return
+    request = StopRequest(grace_s, begun)
+    receiving, sending = os.pipe()
+    os.set_blocking(sending, False)
+    listener = threading.Thread(target=_listen, args=(receiving, request), daemon=True)
+    listener.start()
+    wakeup = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, request.on_signal) for number in _SIGNALS}
+    _current = request
     try:
-        yield requested
+        yield request
     finally:
+        # While our handlers are there: a signal that has just come must not interrupt this.
+        request.forget()
+        os.write(sending, bytes([_END]))
+        listener.join()
+        request.forget()
+        _current = None
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(sending)
+        os.close(receiving)
 
 
-def _end_after(seconds: float) -> None:
-    def end() -> None:
-        log.error("still here %.0f s after the request to stop: ended at once", seconds)
-        os._exit(_EXIT_INCOMPLETE)
+def listen_again() -> None:
+    """Put our handlers back where a library has put its own, as Ray and Lightning do."""
+    if _current is not None and threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, _current.on_signal)
 
-    watchdog = threading.Timer(seconds, end)
-    watchdog.daemon = True
-    watchdog.start()
+
+def _listen(receiving: int, request: StopRequest) -> None:
+    while True:
+        for number in os.read(receiving, 64):
+            if number == _END:
+                return
+            if number in _SIGNALS:
+                request.note(number)

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from peaknet_predict import cxi_directory
 from peaknet_predict.cxi import CxiWriteError, CxiWriter
 from peaknet_predict.cxi_file import read_cxi
 from peaknet_predict.types import ANYONE, EventId, Result
@@ -467,6 +468,48 @@ def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path, owner:
     assert not list(tmp_path.glob(".*.tmp"))
     assert [key.idx for key in other.add(make_result(0))] == [0]
     assert other.statistics.duplicates == 1
+
+
+def test_who_is_taken_over_behind_the_name_leaves_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = (CxiWriter(tmp_path, owner=owner) for owner in ("slow", "other"))
+    link = os.link
+
+    def link_and_sleep(source: Any, target: Any) -> None:
+        link(source, target)
+        other.fence(["slow"])  # deletes the temporary name, and counts on the final one
+
+    with monkeypatch.context() as slept:
+        slept.setattr(os, "link", link_and_sleep)
+        slow.add(make_result(0))
+        assert slow.close() == [make_result(0).id]
+    assert other.add(make_result(0)) == [make_result(0).id]
+    assert [event.id.idx for event in read_cxi(tmp_path / "peaks_0000.cxi")] == [0]
+
+
+def test_a_finished_file_that_cannot_be_read_for_a_moment_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = CxiWriter(tmp_path, owner="other")
+    writer = CxiWriter(tmp_path, owner="this")
+    other.add(make_result(0))
+    other.close()
+    (tmp_path / "peaks_0007.cxi").write_text("not ours")
+
+    def fails(path: Path) -> list[EventId]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cxi_directory, "read_ids", fails)
+        with pytest.raises(CxiWriteError, match="Input/output error"):
+            writer.fence(["other"])
+        with pytest.raises(CxiWriteError, match="Input/output error"):
+            CxiWriter(tmp_path)
+    writer.fence(["other"])
+    assert "peaks_0007.cxi says not which events are in it" in caplog.text
+    assert writer.add(make_result(0)) == [make_result(0).id]
+    assert writer.statistics.duplicates == 1
 
 
 def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,7 +371,10 @@ def test_a_feed_that_waits_for_room_can_be_interrupted(
 
 def test_bad_values_are_one_line_not_a_traceback(tmp_path: Path) -> None:
     name = ("--queue.name", "q")
+    model = ("-c", CONFIGS / "predict.yaml", "-c", CONFIGS / "models" / "snr.yaml")
+    no_gpu = ("--trainer.accelerator", "gpu", "--trainer.devices", 99)
     for words, reason in [
+        (("predict", *model, *no_gpu), "`peaknet-predict doctor` says what this machine has"),
         (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be positive"),
         (("feed", *name, "--source", "NpzSource", "--source.path", "no.npz"), "no.npz"),
     ]:

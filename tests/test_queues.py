@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import subprocess
@@ -312,6 +313,55 @@ def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ClusterError, match="another version of Ray or Python.*2.48.0"):
         connect("auto")
+
+
+def test_a_cluster_that_was_killed_is_found_dead_in_seconds(tmp_path: Path) -> None:
+    code = """
+from ray._private import services
+from peaknet_predict.queues.cluster import ClusterError, connect
+services.get_ray_address_from_environment = lambda *_: "127.0.0.1:1"  # as Ray left it behind
+try:
+    connect("auto")
+except ClusterError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert "no Ray cluster answers on this machine" in said.stdout, said
+    assert "`ray start --head`" in said.stdout
+
+
+def test_long_waits_say_what_to_look_at(
+    address: QueueAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("peaknet_predict.queues.patience._REPORT_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+
+    def reason() -> str:
+        text = str(caplog.records[-1].message)
+        caplog.clear()
+        return text
+
+    misspelt = native(replace(address, name=f"{address.name}x"))
+    misspelt.open("p")
+    queue = native(replace(address, max_events=2))
+    queue.get("r", 1, 0.1)
+    said = reason()
+    assert "no producer has opened it" in said
+    assert f"peaknet/{address.name}x" in said
+    queue.open("p")
+    queue.get("r", 1, 0.1)
+    assert "open producers: p" in reason()
+    stop = threading.Event()
+    threading.Timer(3.0, stop.set).start()
+    queue.put("p", [event(i) for i in range(3)], stop)
+    assert "nobody has read from it" in reason()
+    queue.close("p")
+    take_all(queue)
+    queue.get("another", 1, 0.1)
+    assert "read to the end" in reason()
 
 
 def test_doctor_looks_at_the_cluster_and_its_queues(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from peaknet_predict.queues.actor import PROTOCOL, Description, QueueActor
 from peaknet_predict.queues.address import QueueAddress, QueueError
+from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.foreign import ForeignQueue
 from peaknet_predict.queues.native import NativeQueue, Taken
 from peaknet_predict.queues.records import Kind
@@ -194,16 +195,10 @@ def _check_description(description: Description, address: QueueAddress, kind: Ki
 
 
 def _missing(address: QueueAddress) -> str:
-    import ray
-
-    known = [
-        f"{actor['namespace']}/{actor['name']}"
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-    ]
     return (
         f"there is no queue {address.name!r} in namespace {address.namespace!r}; named actors in "
-        f"this cluster: {', '.join(sorted(known)) or 'none'}. Start its producer first, correct "
-        "the name, or set create to true"
+        f"this cluster: {', '.join(sorted(known_actors())) or 'none'}. Start its producer first, "
+        "correct the name, or set create to true"
     )
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peaknet_predict.stopping import listen_again
+
 log = logging.getLogger(__name__)
 
 NAMESPACE = "peaknet"
@@ -98,22 +100,34 @@ def connect(address: str) -> str:
     elif "RAY_AUTH_TOKEN" in os.environ or token_path().exists():
         # Ray looks for a token by itself only for 'auto', not for a cluster named by its address.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN" not in os.environ and token_path().stat().st_mode & 0o077:
+            # Not changed, as for a cluster of our own: it may be shared on purpose.
+            log.warning("others can read %s, and so run code as you: chmod 600 it", token_path())
     ray = _ray()
     if ray.is_initialized():
         return current_address()
-    if ":" in address:
-        _check_listening(address)
+    found = _found_by_ray() if address == "auto" else address
+    if ":" in found:
+        _check_listening(found, named=found == address)
     settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, **settings)
     except Exception as error:
         raise ClusterError(_explain(address, error)) from error
+    finally:
+        listen_again()  # Ray's handler of SIGTERM would end the process
     return current_address()
 
 
 def current_address() -> str:
     """Return the address under which another process joins the cluster this one is in."""
     return str(_ray().get_runtime_context().gcs_address)
+
+
+def known_actors() -> list[str]:
+    """Return the named actors of the cluster, each with its namespace."""
+    found = _ray().util.list_named_actors(all_namespaces=True)
+    return [f"{actor['namespace']}/{actor['name']}" for actor in found]
 
 
 def disconnect() -> None:
@@ -187,7 +201,19 @@ def _is_loopback(address: str) -> bool:
     return host == "localhost"
 
 
-def _check_listening(address: str) -> None:
+def _found_by_ray() -> str:
+    """Return the address behind ``auto``, which may be that of a cluster killed long ago."""
+    try:
+        from ray._private import services
+
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise ClusterError(_explain("auto", error)) from error
+    except (ImportError, AttributeError, TypeError):
+        return "auto"  # another Ray, whose insides are others: it finds out itself, in minutes
+
+
+def _check_listening(address: str, named: bool) -> None:
     """Ray retries for minutes where nothing listens; find that out in seconds."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address.startswith("ray://"):
@@ -198,6 +224,12 @@ def _check_listening(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
+        if not named:
+            raise ClusterError(
+                f"no Ray cluster answers on this machine: the last one known here, {address}, is "
+                f"gone or embedded in a run ({error}). Start one with `ray start --head`, set "
+                "RAY_ADDRESS=host:port, or use the address 'local' for an embedded one"
+            ) from error
         raise ClusterError(
             f"nothing answers at {address} ({error}). Check host and port (`ray status` on the "
             "head node shows them), or start a cluster with `ray start --head`"
@@ -223,6 +255,11 @@ def _explain(address: str, error: Exception) -> str:
             f"the Ray cluster at {address!r} runs another version of Ray or Python than this "
             f"environment: {_first_lines(text)}. Producer, predictor and writer need environments "
             "with the same Ray version and Python minor version"
+        )
+    if "Failed to connect to GCS" in text:
+        return (
+            f"what answers at {address!r} does not speak as a Ray head of our version: check host "
+            "and port (`ray status` on the head node shows them) and the version of Ray there"
         )
     if "Could not find any running Ray" in text:
         return (

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peaknet_predict.queues.address import QueueError
+from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.patience import Patience
 from peaknet_predict.queues.records import ForeignItem, Kind, Record
 from peaknet_predict.types import Event, EventId, Refusal, Result
@@ -138,7 +139,7 @@ class NativeQueue:
                 if answer.taken:
                     patience.reset()
                 else:
-                    patience.mention(answer.problem)
+                    patience.mention(lambda why=answer.problem: why or self._why_full())  # type: ignore[misc]
         return accepted
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
@@ -158,7 +159,7 @@ class NativeQueue:
         if delivery.leases:
             self._waiting.reset()
         elif not delivery.ended:
-            self._waiting.mention()
+            self._waiting.mention(self._why_empty)
         if delivery.ended:
             self.failures = delivery.failures
         taken: list[Taken] = []
@@ -277,6 +278,27 @@ class NativeQueue:
                 self._name,
                 statistics.ready,
             )
+
+    def _why_empty(self) -> str:
+        """Say what a reader that gets nothing should look at."""
+        now = self.statistics()
+        if now.open_producers:
+            held = f", {now.leased} events under lease" if now.leased else ""
+            return f"open producers: {', '.join(now.open_producers)}{held}"
+        if now.ended:
+            return "its stream has been read to the end; the next one is waited for"
+        others = sorted(set(known_actors()) - {f"{self._address.namespace}/{self._name}"})
+        return (
+            "no producer has opened it: start one, with this queue's name; other named actors in "
+            f"this cluster: {', '.join(others) or 'none'}"
+        )
+
+    def _why_full(self) -> str | None:
+        """Say what a producer that waits for room should look at."""
+        now = self.statistics()
+        if now.acknowledged or now.quarantined or now.leased:
+            return None
+        return "nobody has read from it: start its reader, with this queue's name"
 
     def _finish(
         self, ids: Iterable[EventId], refused: str | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +18,14 @@ class Patience:
         self._waiting_for = waiting_for
         self._since = self._mentioned = time.monotonic()
 
-    def mention(self, why: str | None = None) -> None:
-        """Say what is waited for, if it is time to."""
+    def mention(self, why: Callable[[], str | None] = lambda: None) -> None:
+        """Say what is waited for, if it is time to; ``why`` is asked only then."""
         now = time.monotonic()
         if now - self._mentioned >= _REPORT_S:
             self._mentioned = now
-            reason = f" ({why})" if why else ""
-            log.warning("%s for %.0f s%s", self._waiting_for, now - self._since, reason)
+            reason = why()
+            text = f" ({reason})" if reason else ""
+            log.warning("%s for %.0f s%s", self._waiting_for, now - self._since, text)
 
     def reset(self) -> None:
         """Begin a new wait."""

@@ -1,0 +1,81 @@
+"""Results on their way into the output queue."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import Full
+from queue import Queue as BoundedQueue
+
+from peaknet_predict.queues import Queue
+from peaknet_predict.types import EventId, Result
+
+_CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
+_LATENCIES_KEPT = 10_000
+
+
+class Outbox:
+    """A thread that puts results into the output queue while the caller goes on.
+
+    Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
+    batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
+    ``accepted`` is called with the events whose results the output queue has.
+
+    Attributes
+    ----------
+    delivered
+        Results that the output queue has accepted.
+    latencies_s
+        Seconds from an event's entry into the input queue to the acceptance of its result by the
+        output queue, of the latest results whose entry is known.
+    """
+
+    def __init__(
+        self, queue: Queue, producer: str, accepted: Callable[[list[EventId]], None]
+    ) -> None:
+        self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self.delivered = 0
+        self._queue = queue
+        self._producer = producer
+        self._accepted = accepted
+        self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, results: list[Result] | None, check: Callable[[], None]) -> None:
+        """Hand over results; raises what went wrong with earlier ones.
+
+        While there is no room, ``check`` is called now and then, to raise if there never will be.
+        """
+        while self._error is None:
+            try:
+                self._waiting.put(results, timeout=_CHECK_S)
+                return
+            except Full:
+                check()
+        raise self._error
+
+    def close(self, check: Callable[[], None]) -> None:
+        """Wait until everything handed over has been accepted; raises if it has not."""
+        if self._thread.is_alive():
+            self.put(None, check)
+        while self._thread.is_alive():
+            self._thread.join(timeout=_CHECK_S)
+            check()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (results := self._waiting.get()) is not None:
+            try:
+                self._queue.put(self._producer, results)
+                self._accepted([result.id for result in results])
+            except BaseException as error:
+                self._error = error
+                return
+            self.delivered += len(results)
+            now = time.time()
+            self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
