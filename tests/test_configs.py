@@ -96,7 +96,8 @@ def test_doctor_names_what_is_wrong_in_a_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = (CONFIGS / "models" / "peaknet_small.yaml").read_text()
-    (tmp_path / "model.yaml").write_text(model.replace("weights: peaknet_small", "weights: gone.pt"))
+    model = model.replace("weights: peaknet_small", "weights: gone.pt")
+    (tmp_path / "model.yaml").write_text(model)
     configs = [str(CONFIGS / "predict.yaml"), str(tmp_path / "model.yaml")]
     assert doctor(configs=configs, directory=str(tmp_path / "missing")) == 2
     said = capsys.readouterr().out

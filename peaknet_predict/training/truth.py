@@ -32,7 +32,7 @@ neighbouring pixels, would have any significance."""
 
 MAX_ON_ONE_PIXEL = 0.85
 """Share of a peak's photons that its brightest pixel has at most. Beyond it, nothing tells the spot
-from a hot pixel, and it is ignored; in two pixels it is a peak, for hot ones rarely come in pairs."""
+from a hot pixel, and it is ignored; in two pixels it is a peak: hot ones rarely come in pairs."""
 
 EMPTY_VARIANCE = 0.1
 """Variance (square photons) that a pixel has at least, when significance is judged. Normal
