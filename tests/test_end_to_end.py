@@ -123,6 +123,7 @@ def test_three_processes_on_one_ray(
     assert score.precision > 0.9
 
 
+@pytest.mark.slow
 def test_two_ranks_share_one_queue_and_predict_every_event_once(
     cluster: str,
     queues: tuple[str, str],
@@ -268,6 +269,7 @@ def test_the_demo_on_two_ranks_from_a_clean_environment(tmp_path: Path) -> None:
     assert "taken 12 = written" in said
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_foreign_output_end_once_after_the_last_result(
     cluster: str, queues: tuple[str, str], predict_yaml: Path, tmp_path: Path
 ) -> None:

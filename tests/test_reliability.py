@@ -201,7 +201,9 @@ def written(directory: Path) -> list[int]:
     return sorted(key.idx for path in directory.glob("*.cxi") for key in read_ids(path))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP]
+)
 def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     cluster: str, address: QueueAddress, tmp_path: Path, how: signal.Signals
 ) -> None:

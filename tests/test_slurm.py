@@ -177,7 +177,9 @@ def batch(tmp_path: Path, allocation: dict[str, str]) -> Iterator[list[Popen]]:
                 os.kill(int(status.parent.name), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", ["to the end", "asked to stop"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("to the end", marks=pytest.mark.slow), "asked to stop"]
+)
 def test_the_batch_script(
     tmp_path: Path, allocation: dict[str, str], batch: list[Popen], how: str
 ) -> None:

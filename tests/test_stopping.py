@@ -133,6 +133,7 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     assert written(tmp_path / "cxi") == list(range(idx + EVENTS)), said
 
 
+@pytest.mark.slow
 def test_a_second_signal_to_two_ranks_stops_them_at_once(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
