@@ -74,7 +74,7 @@ def rank_of_two(rank: int, words: list[str], address: str, port: int, cwd: Path)
     )
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_two_nodes_share_a_stream_and_one_does_the_other_s_part(
     cluster: str, address: QueueAddress, tmp_path: Path, victim: int
 ) -> None:
@@ -177,9 +177,8 @@ def batch(tmp_path: Path, allocation: dict[str, str]) -> Iterator[list[Popen]]:
                 os.kill(int(status.parent.name), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("to the end", marks=pytest.mark.slow), "asked to stop"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["to the end", "asked to stop"])
 def test_the_batch_script(
     tmp_path: Path, allocation: dict[str, str], batch: list[Popen], how: str
 ) -> None:

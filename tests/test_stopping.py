@@ -56,7 +56,13 @@ def end_of(process: subprocess.Popen[str], within_s: float) -> str:
     return said
 
 
-@pytest.mark.parametrize("deaf", [False, True], ids=["in Python", "outside Python"])
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="in Python"),
+        pytest.param(True, id="outside Python"),
+    ],
+)
 def test_a_second_signal_stops_at_once_and_a_following_run_does_the_rest(
     cluster: str, address: QueueAddress, tmp_path: Path, deaf: bool
 ) -> None:
