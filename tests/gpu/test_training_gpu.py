@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from peaknet_predict.models import PeakNet
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import LocalNorm, MergeBatchChannelDims, PadToMultiple, Preprocess
+from peaknet_predict.training.data import SimulatedShots
 from peaknet_predict.training.loss import focal_loss
 from peaknet_predict.training.metrics import Scores
 from peaknet_predict.training.shots import LabelledShots
@@ -100,3 +104,27 @@ def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(first, again, rtol=1e-2, atol=0)
+
+
+def test_batches_made_ahead_are_those_of_their_numbers() -> None:
+    """Whatever the device does meanwhile, and also after the series has started again."""
+    device = torch.device("cuda", 0)
+    data = SimulatedShots(batch_size=2, height=128, width=128)
+    trainer: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=device), training=True, world_size=2, global_rank=1
+    )
+    data.trainer = trainer
+    expected = [data._training_batch(index, device) for index in (1, 3, 5)]
+    busy = torch.randn(4096, 4096, device=device)
+    for _ in range(2):
+        for direct in expected:
+            shots = data.on_after_batch_transfer(0, 0)
+            # What is computed with them must find them whole.
+            images_BPHW, labels_BPHW = shots.images_BPHW.clone(), shots.labels_BPHW.clone()
+            del shots
+            busy = busy @ busy * 1e-4
+            same = torch.isclose(images_BPHW, direct.images_BPHW, rtol=1e-4, equal_nan=True)
+            # Sums of floats in another order may turn a photon, here and there.
+            assert (~same).float().mean() < 1e-3
+            assert (labels_BPHW != direct.labels_BPHW).float().mean() < 1e-3
+        data.load_state_dict({"batches_made": 0})
