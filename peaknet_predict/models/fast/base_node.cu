@@ -36,12 +36,6 @@ __device__ __forceinline__ int staged(int row, int lane) {
   return lane % 16 / 8 * (kWarpRows * Staged::kPitch) + Staged::place(row, lane % 8);
 }
 
-// Sums over the lanes that hold a row.
-__device__ __forceinline__ float over_quad(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
 // Enlarges eight features of eight pixels of a row, the first at an even column `x`, and stages them as
 // rows from `row` on. Bilinear with aligned pixel areas: the nearest row and column count three quarters,
 // the next one quarter. `near` and `far` are rows of the coarser level.

@@ -189,6 +189,12 @@ __device__ __forceinline__ void load_left(u32 (&a)[4], u32 slice, int row, int u
                : "r"(address));
 }
 
+// Sums over the four lanes that hold a row of a product.
+__device__ __forceinline__ float over_quad(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
 // The product of 64 rows `a` with kColumns rows `b`, both of kInner values, or what it adds to the sums if
 // kAdds; waits for it.
 template <int kSlice, int kInner, int kColumns, bool kAdds = false, int kSums>

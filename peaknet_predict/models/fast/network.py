@@ -144,12 +144,56 @@ class _Downsampling(_Weights):
         return F.linear(patches, self.weight, self.bias)
 
 
+class _BaseNode(_Weights):
+    """The finest node on the way down and the adapter before it: no other node reads that level."""
+
+    inner: Tensor
+    coarse: Tensor
+    bias: Tensor
+    outer: Tensor
+    added: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    def __init__(
+        self,
+        block: BiFPNBlock,
+        fusion: list[float],
+        adapter: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        weight_FF, norm = _transform(block, f"m{block.base_level}")
+        adapter_FC, bias_F = adapter
+        same, other = fusion
+        # Resizing and product commute, so that the level above is multiplied where it is small. The
+        # normalisation takes the mean over the features away: it is left out at once.
+        self._matrix("inner", same * _centred(weight_FF @ adapter_FC), dtype)
+        self._matrix("coarse", other * _centred(weight_FF), dtype)
+        self._matrix("bias", same * _centred(weight_FF @ bias_F), dtype)
+        self._matrix("outer", adapter_FC, dtype)
+        self._vector("added", bias_F)
+        self._vector("norm_weight", norm.weight)
+        self._vector("norm_bias", norm.bias)
+
+    def forward(self, x_NHWC: Tensor, above_NHWC: Tensor) -> Tensor:
+        out: Tensor = ops.base_node(
+            x_NHWC,
+            F.linear(above_NHWC, self.coarse, self.bias),
+            self.inner,
+            self.outer,
+            self.norm_weight,
+            self.norm_bias,
+            self.added,
+        )
+        return out
+
+
 class _PyramidBlock(_Weights):
     """A block of the BiFPN: a node for each level on the way down and on the way up.
 
     ``base_adapter`` is weight (F, C) and bias (F) of the finest level's adapter, if the first of
-    the block's inputs are the backbone's features: no other node of the block reads that level, so
-    that its node does the adapter's work.
+    the block's inputs are the backbone's features, see `_BaseNode`.
     """
 
     def __init__(
@@ -165,45 +209,19 @@ class _PyramidBlock(_Weights):
         # By level: on the way down to all but the top, on the way up to all but the base.
         self.down_fusion = [w_m[self.top - 1 - level].tolist() for level in range(self.top)]
         self.up_fusion = [w_q[level].tolist() for level in range(self.top)]
+        self.base = (
+            None
+            if base_adapter is None
+            else _BaseNode(block, self.down_fusion[0], base_adapter, dtype)
+        )
         for level in range(self.top):
-            self._add(f"down{level}", block, f"m{block.base_level + level}", dtype)
+            if level > 0 or self.base is None:
+                self._add(f"down{level}", block, f"m{block.base_level + level}", dtype)
             self._add(f"up{level + 1}", block, f"q{block.base_level + level + 1}", dtype)
-        self.has_adapter = base_adapter is not None
-        if base_adapter is not None:
-            self._add_base(block, base_adapter, dtype)
-
-    def _add_base(
-        self, block: BiFPNBlock, adapter: tuple[Tensor, Tensor], dtype: torch.dtype
-    ) -> None:
-        weight_FF = _transform(block, f"m{block.base_level}")
-        adapter_FC, bias_F = adapter
-        same, other = self.down_fusion[0]
-        # Resizing and product commute, so that the level above is multiplied where it is small. The
-        # normalisation takes the mean over the features away: it is left out at once.
-        self._matrix("base_inner", same * _centred(weight_FF @ adapter_FC), dtype)
-        self._matrix("base_coarse", other * _centred(weight_FF), dtype)
-        self._matrix("base_bias", same * _centred(weight_FF @ bias_F), dtype)
-        self._matrix("base_outer", adapter_FC, dtype)
-        self._vector("base_added", bias_F)
-
-    def _base_node(self, x_NHWC: Tensor, above_NHWC: Tensor) -> Tensor:
-        coarse_NHWC = F.linear(
-            above_NHWC, self.get_buffer("base_coarse"), self.get_buffer("base_bias")
-        )
-        out: Tensor = ops.base_node(
-            x_NHWC,
-            coarse_NHWC,
-            self.get_buffer("base_inner"),
-            self.get_buffer("base_outer"),
-            self.get_buffer("down0_norm_weight"),
-            self.get_buffer("down0_norm_bias"),
-            self.get_buffer("base_added"),
-        )
-        return out
 
     def _add(self, name: str, block: BiFPNBlock, source: str, dtype: torch.dtype) -> None:
-        norm = cast(ChannelNorm, cast(nn.Sequential, block.conv[source])[1])
-        self._matrix(f"{name}_weight", _transform(block, source), dtype)
+        weight_FF, norm = _transform(block, source)
+        self._matrix(f"{name}_weight", weight_FF, dtype)
         self._vector(f"{name}_norm_weight", norm.weight)
         self._vector(f"{name}_norm_bias", norm.bias)
 
@@ -229,8 +247,8 @@ class _PyramidBlock(_Weights):
     def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         middle = {self.top: pyramid[self.top]}
         for level in reversed(range(self.top)):
-            if level == 0 and self.has_adapter:
-                middle[0] = self._base_node(pyramid[0], middle[1])
+            if level == 0 and self.base is not None:
+                middle[0] = self.base(pyramid[0], middle[1])
                 continue
             same, other = self.down_fusion[level]
             fusion = [same, 0.0, other]
@@ -427,10 +445,12 @@ def unsupported(net: PeakNet) -> str | None:
     return None
 
 
-def _transform(block: BiFPNBlock, name: str) -> Tensor:
-    """Return the matrix of a node, its scale per channel included."""
-    conv = cast(SeparableConv, cast(nn.Sequential, block.conv[name])[0])
-    return conv.pointwise_conv.weight.flatten(1) * conv.depthwise_conv.weight.flatten()
+def _transform(block: BiFPNBlock, name: str) -> tuple[Tensor, ChannelNorm]:
+    """Return the matrix of a node, its scale per channel included, and the norm behind it."""
+    layers = cast(nn.Sequential, block.conv[name])
+    conv, norm = cast(SeparableConv, layers[0]), cast(ChannelNorm, layers[1])
+    weight_FF = conv.pointwise_conv.weight.flatten(1) * conv.depthwise_conv.weight.flatten()
+    return weight_FF, norm
 
 
 def _centred(values: Tensor) -> Tensor:

@@ -43,12 +43,6 @@ __device__ __forceinline__ Resized resized(int y, int x, bool up, int height, in
           far * near,              far * far};
 }
 
-// Sums over the lanes that hold a row.
-__device__ __forceinline__ float over_quad(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
 // same, middle (or null), out: (N, height, width, 256) bfloat16; other: the same with other_height and
 // other_width, half or twice as large; weight: (256, 256) bfloat16; scale, shift: (256) float32;
 // reciprocal: 2^32 / width, rounded up. Grid: as many blocks as there are multiprocessors.
