@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -43,6 +44,19 @@ def test_the_demo_parses_alone_and_with_a_gpu() -> None:
     printed(CONFIGS / "demo.yaml")
     parsed = printed(CONFIGS / "demo.yaml", CONFIGS / "topology" / "one_gpu.yaml")
     assert parsed["trainer"]["precision"] == "bf16-mixed"  # type: ignore[index]
+
+
+def test_the_demos_model_is_the_one_that_ships() -> None:
+    shipped = printed(CONFIGS / "predict.yaml", CONFIGS / "models" / "peaknet_small.yaml")["model"]
+    assert printed(CONFIGS / "demo.yaml")["model"] == shipped
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_every_model_can_take_the_place_of_the_demos(model: Path) -> None:
+    alone: Any = printed(CONFIGS / "predict.yaml", model)["model"]
+    merged: Any = printed(CONFIGS / "demo.yaml", model)["model"]
+    for part in ("net", "preprocess"):
+        assert merged["init_args"][part] == alone["init_args"][part]
 
 
 def test_predictions_cannot_be_kept_and_streams_are_not_fetched_ahead() -> None:
