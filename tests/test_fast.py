@@ -293,16 +293,24 @@ def test_a_block_of_the_backbone_step_by_step(height: int, width: int) -> None:
 
 
 def test_energy_comes_in_strips_of_one_panel() -> None:
-    """1023, 1024 and 1025 pixels, at the border of a strip, and two panels that must not mix."""
-    for height, width, strips in ((33, 31, 1), (32, 32, 1), (41, 25, 2)):
-        x_NHWC = random(2, height, width, 4)
+    """Less, as many and more pixels than a strip, and two panels that must not mix."""
+    few, many = 4, 400  # channels
+    for channels, height, width, strips in (
+        (few, 33, 31, 1),
+        (few, 32, 32, 1),
+        (few, 41, 25, 2),
+        (many, 8, 16, 1),
+        (many, 12, 12, 2),
+    ):
+        x_NHWC = random(2, height, width, channels)
         moments_M2 = torch.tensor([[1.0, 0.0]]).repeat(2 * height * width, 1)
         hidden_NHWK, energy_NTK = ops.expand(
-            x_NHWC, moments_M2, random(8, 4), torch.zeros(8), torch.zeros(8)
+            x_NHWC, moments_M2, random(8, channels), torch.zeros(8), torch.zeros(8)
         )
         assert energy_NTK.shape == (2, strips, 8)
         squares_NPK = hidden_NHWK.square().flatten(1, 2)
-        torch.testing.assert_close(energy_NTK[:, 0], squares_NPK[:, : ops.STRIP].sum(1))
+        first_NK = squares_NPK[:, : ops.strip(channels)].sum(1)
+        torch.testing.assert_close(energy_NTK[:, 0], first_NK)
 
 
 def test_standardise() -> None:

@@ -1,8 +1,8 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
-`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `contract.cu`, `node.cu` and
-`base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some sizes only; for
-all else the kernels of `triton_ops` do the same.
+`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu`,
+`node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some
+sizes only; for all else the kernels of `triton_ops` do the same.
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ def _depthwise(
 
 _EXPAND_COLUMNS = 128
 _EXPAND_MOST_CHANNELS = 384  # whose weights fit into shared memory beside the tiles
+_WIDE_COLUMNS = 256
+_WIDE_BYTES = 4 * 2 * 64 * (2 * _ROWS + _WIDE_COLUMNS) + 8 * _WIDE_COLUMNS + _ALIGNMENT
 
 
 def expand_shape(channels: int) -> tuple[int, int]:
@@ -204,12 +206,36 @@ def _expand(
     x_NHWC: Tensor, moments_M2: Tensor, weight_KC: Tensor, column_sums_K: Tensor, bias_K: Tensor
 ) -> tuple[Tensor, Tensor]:
     n, height, width, channels = x_NHWC.shape
-    if channels % 32 or channels > _EXPAND_MOST_CHANNELS or not _is_hopper(x_NHWC):
-        return triton_ops.expand(x_NHWC, moments_M2, weight_KC, column_sums_K, bias_K)
     size, pixels = len(weight_KC), height * width
-    strips = -(-pixels // ops.STRIP)
+    strip = ops.strip(channels)
+    is_wide = channels > _EXPAND_MOST_CHANNELS
+    misfit = channels % 64 or pixels % strip if is_wide else channels % 32
+    if misfit or not _is_hopper(x_NHWC):
+        return triton_ops.expand(x_NHWC, moments_M2, weight_KC, column_sums_K, bias_K)
+    strips = -(-pixels // strip)
     hidden = x_NHWC.new_empty(n, height, width, size)
     energy = x_NHWC.new_empty(n, strips, size, dtype=torch.float32)
+    if is_wide:
+        _launch(
+            _hopper_kernel(
+                "expand_wide", (f"CHANNELS={channels}",), _WIDE_BYTES, _device_index(x_NHWC)
+            ),
+            (size // _WIDE_COLUMNS * strips * n,),
+            2 * _GROUP,
+            (
+                _pointer(x_NHWC),
+                _pointer(moments_M2),
+                _pointer(weight_KC),
+                _pointer(column_sums_K),
+                _pointer(bias_K),
+                _pointer(hidden),
+                _pointer(energy),
+                np.int32(size),
+            ),
+            x_NHWC,
+            _WIDE_BYTES,
+        )
+        return hidden, energy
     groups, blocks = expand_shape(channels)
     shared_bytes = _expand_bytes(channels, groups)
     is_even = int(pixels % _ROWS == 0)
@@ -233,7 +259,7 @@ def _expand(
             _pointer(energy),
             np.int32(pixels),
             np.int32(size),
-            np.int32(ops.STRIP),
+            np.int32(strip),
         ),
         x_NHWC,
         shared_bytes,

@@ -7,7 +7,7 @@ any device, and is what tests compare the GPU kernels with. On CUDA the kernels 
 
 Shape legend: N panels of a batch, H rows, W columns, C channels, M = N·H·W pixels; all features
 have their channels last. F features of the pyramid, K hidden channels of a perceptron, T strips of
-`STRIP` pixels of a panel.
+a panel, see `strip`.
 Features and matrices have the network's dtype; vectors, sums and statistics are float32.
 """
 
@@ -20,8 +20,13 @@ from torch import Tensor
 from peaknet_predict.models.bifpn import resize_bilinear
 from peaknet_predict.models.convnextv2 import GRN_EPS, LAYER_NORM_EPS
 
-STRIP = 1024
-"""Pixels of a panel whose energy `expand` gives together."""
+
+def strip(channels: int) -> int:
+    """Return of how many pixels of a panel `expand` gives the energy together.
+
+    As many as one block of threads passes over: with few channels it keeps the weights meanwhile.
+    """
+    return 1024 if channels <= 384 else 128
 
 
 @torch.library.custom_op("peaknet::stem", mutates_args=())
@@ -82,15 +87,16 @@ def expand(
     """Normalise over the channels, multiply, and apply GELU: the first layer of the perceptron.
 
     The normalisation is applied to the product: (x - mean) / std · W = (x·W - mean · sum(W)) / std.
-    Returns (N, H, W, K) and its energy (N, T, K) float32: sums of squares over `STRIP` pixels.
+    Returns (N, H, W, K) and its energy (N, T, K) float32: sums of squares over strips of pixels.
     """
     panels, height, width, channels = x_NHWC.shape
     factor_M1, offset_M1 = moments_M2[:, :1], moments_M2[:, 1:]
     product_MK = x_NHWC.view(-1, channels).float() @ weight_KC.float().t()
     hidden_MK = F.gelu(product_MK * factor_M1 + offset_M1 * column_sums_K + bias_K)
     pixels = height * width
-    squares_NPK = F.pad(hidden_MK.view(panels, pixels, -1).square(), (0, 0, 0, -pixels % STRIP))
-    energy_NTK = squares_NPK.view(panels, -1, STRIP, len(weight_KC)).sum(2)
+    length = strip(channels)
+    squares_NPK = F.pad(hidden_MK.view(panels, pixels, -1).square(), (0, 0, 0, -pixels % length))
+    energy_NTK = squares_NPK.view(panels, -1, length, len(weight_KC)).sum(2)
     return hidden_MK.view(panels, height, width, -1).to(x_NHWC.dtype), energy_NTK
 
 
@@ -98,9 +104,9 @@ def expand(
 def _(
     x_NHWC: Tensor, moments_M2: Tensor, weight_KC: Tensor, column_sums_K: Tensor, bias_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    panels, height, width, _ = x_NHWC.shape
+    panels, height, width, channels = x_NHWC.shape
     size = len(weight_KC)
-    strips = -(-height * width // STRIP)
+    strips = -(-height * width // strip(channels))
     energy = x_NHWC.new_empty(panels, strips, size, dtype=torch.float32)
     return x_NHWC.new_empty(panels, height, width, size), energy
 

@@ -71,7 +71,8 @@ def expand(
     """Do `ops.expand` for any number of channels; `cuda_ops` has a faster kernel for some."""
     n, height, width, channels = x_NHWC.shape
     size, pixels = len(weight_KC), height * width
-    strips = triton.cdiv(pixels, ops.STRIP)
+    strip = ops.strip(channels)
+    strips = triton.cdiv(pixels, strip)
     hidden = x_NHWC.new_empty(n, height, width, size)
     energy = x_NHWC.new_empty(n, strips, size, dtype=torch.float32)
     config = expand_config(channels)
@@ -86,8 +87,8 @@ def expand(
         pixels,
         C=channels,
         L=size,
-        STRIP=ops.STRIP,
-        ROWS=128,
+        STRIP=strip,
+        ROWS=128,  # no more than a strip
         **config,
     )
     return hidden, energy
