@@ -146,6 +146,12 @@ def test_contract(channels: int, height: int, width: int, panels: int) -> None:
     compare(ops.contract, hidden_NHWK, scale_NK, weight_CK, vector(channels), residual_NHWC)
 
 
+@pytest.mark.parametrize(("panels", "height", "width"), [(13, 88, 96), (300, 16, 24)])
+def test_contract_takes_tile_after_tile(panels: int, height: int, width: int) -> None:
+    """More tiles than a GPU works on at a time, and tiles of several panels."""
+    test_contract(96, height, width, panels)
+
+
 @pytest.mark.parametrize(("height", "width"), [(14, 18), (2, 2), (88, 96)])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_standardise(channels: int, height: int, width: int) -> None:

@@ -27,15 +27,6 @@ constexpr int kWeightBytes = kColumns * S::kPitch;
 constexpr int kStageBytes = kGroups * kTileBytes + kWeightBytes;
 constexpr int kScaleAt = kStages * kStageBytes;  // kInner float32 of each group's panel
 
-// Multiplies four registers of the left operand by the factors of its columns.
-__device__ __forceinline__ void scale_pairs(u32 (&a)[4], float2 first, float2 second) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 f = i < 2 ? first : second;
-    a[i] = to_pair(low(a[i]) * f.x, high(a[i]) * f.y);
-  }
-}
-
 // hidden: (M, kInner), weight: (kChannels, kInner), residual, out: (M, kChannels) bfloat16; scale:
 // (N, kInner), bias: (kChannels) float32; M = N * pixels, pixels a multiple of 64. Grid: blocks of
 // columns, first, times tiles of kGroups * 64 pixels.
@@ -107,25 +98,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         multiply_left(sum, left[odd][k], b + 2 * k, slice == 0 && k == 0);
       }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      // The slice before is done, and its operand may be overwritten; this one goes on meanwhile.
+      wait_for_products<1>();
       if (slice + 1 < kSlices) prepare(slice + 1, left[1 - odd]);
-      wait_for_products<0>();
     }
   }
+  // All that is added, so that it is waited for once.
+  const i64 row0 = first + 16 * warp;
+  uint4 added[kColumns / 64][4];
+#pragma unroll
+  for (int part = 0; part < kColumns / 64; ++part) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      added[part][i] = *(const uint4*)(residual + (row0 + 4 * i + lane / 8) * kChannels +
+                                       first_column + 64 * part + lane % 8 * 8);
+    }
+  }
+  wait_for_products<0>();
   hold(sum);
   wait_for_copies<0>();
   __syncthreads();  // the stages are free: each warp stages its result in them
 
   unsigned char* const staging = memory.bytes + threadIdx.x / 32 * (16 * S::kPitch);
   const u32 staging_address = memory.address + threadIdx.x / 32 * (16 * S::kPitch);
-  const i64 row0 = first + 16 * warp;
 #pragma unroll
   for (int part = 0; part < kColumns / 64; ++part) {
-    uint4 added[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      added[i] = *(const uint4*)(residual + (row0 + 4 * i + lane / 8) * kChannels + first_column +
-                                 64 * part + lane % 8 * 8);
-    }
 #pragma unroll
     for (int block = 0; block < 8; block += 2) {
       u32 pairs[4];
@@ -146,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       *(float4*)result = *(const float4*)(bias + column);
       *(float4*)(result + 4) = *(const float4*)(bias + column + 4);
       add(result, load_row_unit(staging, row, unit), 1.f);
-      add(result, added[i], 1.f);
+      add(result, added[part][i], 1.f);
       if (wanted < rows) *(uint4*)(out + (row0 + row) * kChannels + column) = to_values(result);
     }
     __syncwarp();

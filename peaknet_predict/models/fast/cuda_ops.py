@@ -1,7 +1,7 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
 `depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu`,
-`node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some
+`contract_resident.cu`, `node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some
 sizes only; for all else the kernels of `triton_ops` do the same.
 """
 
@@ -56,6 +56,10 @@ def _launch(
 
 def _device_index(tensor: Tensor) -> int:
     return tensor.get_device()
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def _is_hopper(tensor: Tensor) -> bool:
@@ -192,7 +196,9 @@ _WIDE_BYTES = 4 * 2 * 64 * (2 * _ROWS + _WIDE_COLUMNS) + 8 * _WIDE_COLUMNS + _AL
 
 def expand_shape(channels: int) -> tuple[int, int]:
     """Return groups of warps in a block, and blocks on a multiprocessor, for so many channels."""
-    return (1, 2) if channels <= 192 else (2, 1)
+    if channels > 192:
+        return 2, 1
+    return 1, 3 if channels <= 96 else 2
 
 
 def _expand_bytes(channels: int, groups: int) -> int:
@@ -271,6 +277,14 @@ def _expand(
 
 
 _MOST_SHARED_BYTES = 227 * 1024  # of a block on Hopper
+_RESIDENT_CHANNELS = 96  # whose weights stay in shared memory
+_RESIDENT_GROUPS = 3
+_RESIDENT_BYTES = (
+    2 * 4 * _RESIDENT_CHANNELS**2
+    + _RESIDENT_GROUPS
+    * (4 * 2 * 64 * _ROWS + 4 * 16 * (2 * _RESIDENT_CHANNELS + 16) + 4 * 4 * _RESIDENT_CHANNELS)
+    + _ALIGNMENT
+)
 
 
 def contract_shape(channels: int) -> tuple[int, int, int] | None:
@@ -291,12 +305,37 @@ def _contract(
     hidden_NHWK: Tensor, scale_NK: Tensor, weight_CK: Tensor, bias_C: Tensor, residual_NHWC: Tensor
 ) -> Tensor:
     n, height, width, channels = residual_NHWC.shape
+    is_resident = channels == _RESIDENT_CHANNELS
     shape = contract_shape(channels)
-    if shape is None or height * width % _ROWS or not _is_hopper(hidden_NHWK):
+    misfit = height * width % _ROWS or (shape is None and not is_resident)
+    if misfit or not _is_hopper(hidden_NHWK):
         return triton_ops.contract(hidden_NHWK, scale_NK, weight_CK, bias_C, residual_NHWC)
-    columns, groups, stages = shape
     out = torch.empty_like(residual_NHWC)
     rows = n * height * width
+    if is_resident:
+        tiles = rows // _ROWS
+        share = -(-tiles // (_RESIDENT_GROUPS * _multiprocessors(hidden_NHWK)))
+        _launch(
+            _hopper_kernel("contract_resident", (), _RESIDENT_BYTES, _device_index(hidden_NHWK)),
+            (-(-tiles // (_RESIDENT_GROUPS * share)),),
+            _GROUP * _RESIDENT_GROUPS,
+            (
+                _pointer(hidden_NHWK),
+                _pointer(scale_NK),
+                _pointer(weight_CK),
+                _pointer(bias_C),
+                _pointer(residual_NHWC),
+                _pointer(out),
+                np.int64(rows),
+                np.int32(height * width),
+                np.int32(share),
+            ),
+            hidden_NHWK,
+            _RESIDENT_BYTES,
+        )
+        return out
+    assert shape is not None
+    columns, groups, stages = shape
     shared_bytes = _contract_bytes(channels, columns, groups, stages)
     defines = (
         f"CHANNELS={channels}",
@@ -355,7 +394,7 @@ def _node(
     defines = (f"HAS_MIDDLE={int(middle_NHWC is not None)}", f"EPS={LAYER_NORM_EPS}f")
     _launch(
         _hopper_kernel("node", defines, _NODE_BYTES, device),
-        (torch.cuda.get_device_properties(device).multi_processor_count,),
+        (_multiprocessors(same_NHWC),),
         _GROUP * _NODE_GROUPS,
         (
             _pointer(same_NHWC),
@@ -419,7 +458,7 @@ def _base_node(
     shared_bytes = _base_node_bytes(channels)
     _launch(
         _hopper_kernel("base_node", defines, shared_bytes, device),
-        (torch.cuda.get_device_properties(device).multi_processor_count,),
+        (_multiprocessors(x_NHWC),),
         _GROUP * _NODE_GROUPS,
         (
             _pointer(x_NHWC),

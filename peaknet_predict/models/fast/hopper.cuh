@@ -146,7 +146,20 @@ __device__ __forceinline__ void multiply(float (&sum)[128], u64 a, u64 b, bool i
       : "l"(a), "l"(b), "r"(is_first ? 0 : 1));
 }
 
-// The same with the left operand in registers, as `load_left` has it, and 192 or 256 columns.
+// The same with the left operand in registers, as `load_left` has it, and 96, 192 or 256 columns.
+__device__ __forceinline__ void multiply_left(float (&sum)[48], const u32 (&a)[4], u64 b,
+                                              bool is_first) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %53, 0;"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "{%48, %49, %50, %51}, %52, p, 1, 1, 0;}"
+      : SUM8(0), SUM8(8), SUM8(16), SUM8(24), SUM8(32), SUM8(40)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(is_first ? 0 : 1));
+}
+
 __device__ __forceinline__ void multiply_left(float (&sum)[96], const u32 (&a)[4], u64 b,
                                               bool is_first) {
   asm volatile(
@@ -189,6 +202,10 @@ __device__ __forceinline__ void load_left(u32 (&a)[4], u32 slice, int row, int u
                : "r"(address));
 }
 
+__device__ __forceinline__ float sum_of(const float (&parts)[4]) {
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
 // Sums over the four lanes that hold a row of a product.
 __device__ __forceinline__ float over_quad(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
@@ -214,13 +231,26 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[kSums], u32 a_address
   hold(sum);
 }
 
-// Stores four 8x8 matrices of pairs, held as a product is, to rows of 128 bytes: 16 rows, 16 columns
-// from unit `unit` on. `load_row_unit` reads a unit of a row back.
-__device__ __forceinline__ void store_block(u32 staging, const u32 (&pairs)[4], int unit, int lane) {
-  const u32 address = staging + Slices<64>::place(lane % 16, unit + lane / 16);
+// Multiplies four registers of a left operand by the factors of its columns.
+__device__ __forceinline__ void scale_pairs(u32 (&a)[4], float2 first, float2 second) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = i < 2 ? first : second;
+    a[i] = to_pair(low(a[i]) * f.x, high(a[i]) * f.y);
+  }
+}
+
+// Stores four 8x8 matrices of pairs, held as a product is: 16 rows of 16 columns. Each lane says where
+// one unit of 16 bytes goes: of row lane % 16, the first of lanes below 16, the second of the others.
+__device__ __forceinline__ void store_matrices(u32 address, const u32 (&pairs)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
                : "memory");
+}
+
+// The same to rows of 128 bytes, from unit `unit` on. `load_row_unit` reads a unit of a row back.
+__device__ __forceinline__ void store_block(u32 staging, const u32 (&pairs)[4], int unit, int lane) {
+  store_matrices(staging + Slices<64>::place(lane % 16, unit + lane / 16), pairs);
 }
 
 __device__ __forceinline__ uint4 load_row_unit(const unsigned char* staging, int row, int unit) {
