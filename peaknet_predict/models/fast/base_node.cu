@@ -154,13 +154,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float squares = 0.f;
+      // In four parts, so that an addition need not wait for the one before.
+      float squares[4] = {};
 #pragma unroll
       for (int j = 0; j < 64; ++j) {
         const float value = sum[4 * (j / 2) + 2 * i + j % 2];
-        squares = fmaf(value, value, squares);
+        squares[j % 4] = fmaf(value, value, squares[j % 4]);
       }
-      factor[i] = rsqrtf(over_quad(squares) / kFeatures + kEps);
+      factor[i] = rsqrtf(over_quad(sum_of(squares)) / kFeatures + kEps);
     }
 #pragma unroll
     for (int j = 0; j < 32; ++j) {

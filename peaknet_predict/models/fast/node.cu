@@ -123,19 +123,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     float factor[2], offset[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float total = 0.f, squares = 0.f;
+      // In four parts, so that an addition need not wait for the one before.
+      float totals[4] = {}, squares[4] = {};
 #pragma unroll
-      for (int j = 0; j < 32; ++j) total += sum[4 * j + 2 * i] + sum[4 * j + 2 * i + 1];
-      const float mean = over_quad(total) / kFeatures;
+      for (int j = 0; j < 64; ++j) totals[j % 4] += sum[4 * (j / 2) + 2 * i + j % 2];
+      const float mean = over_quad(sum_of(totals)) / kFeatures;
 #pragma unroll
       for (int j = 0; j < 64; ++j) {
         const float centred = sum[4 * (j / 2) + 2 * i + j % 2] - mean;
-        squares = fmaf(centred, centred, squares);
+        squares[j % 4] = fmaf(centred, centred, squares[j % 4]);
       }
-      factor[i] = rsqrtf(over_quad(squares) / kFeatures + kEps);
+      factor[i] = rsqrtf(over_quad(sum_of(squares)) / kFeatures + kEps);
       offset[i] = -mean * factor[i];
     }
 
+    float4 next_terms[2] = {terms[quad], terms[4 + quad]};  // see expand.cu
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       // What is added again; asked for early.
@@ -149,11 +151,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
 #pragma unroll
       for (int block = 0; block < 8; block += 2) {
+        const float4 terms_of[2] = {next_terms[0], next_terms[1]};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int next = 8 * quarter + block + 2 + i;
+          if (next < kFeatures / 8) next_terms[i] = terms[4 * next + quad];
+        }
         u32 pairs[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int j = 8 * quarter + block + i;
-          const float4 term = terms[4 * j + quad];
+          const float4 term = terms_of[i];
           float value[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
