@@ -1,8 +1,8 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
 `depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu`,
-`contract_resident.cu`, `node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some
-sizes only; for all else the kernels of `triton_ops` do the same.
+`contract_resident.cu`, `node.cu` and `base_node.cu` use the matrix units of Hopper (compute
+capability 9.0) and take some sizes only; for all else the kernels of `triton_ops` do the same.
 """
 
 from __future__ import annotations
