@@ -295,6 +295,17 @@ def test_a_spot_on_dead_pixels_is_ignored_and_one_in_a_gap_is_none() -> None:
     assert (bool(peak), bool(ignored)) == (False, False)
 
 
+def test_what_is_seen_of_a_spot_in_a_gap_is_no_background() -> None:
+    spots, scene = scene_of(1e5, 1.0, 0.1)
+    scene.tiling.gap_BPHW = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    scene.tiling.gap_BPHW[..., 14:19, :] = True
+    scene.readout.bad_BPHW = scene.tiling.gap_BPHW
+    labels = label(spots, *judge(spots, scene), scene)[0, 0]
+    assert set(labels[13:20, 16].tolist()) == {IGNORED}
+    assert labels[12, 16] == IGNORED
+    assert labels[16, 24] == labels[6, 16] == BACKGROUND
+
+
 def test_a_plateau_is_ignored_beyond_its_disc() -> None:
     spots, scene = scene_of(1e6, 1.0, 0.1)
     scene.readout.saturated_BPHW = scene.planted_BPHW > 100

@@ -47,6 +47,9 @@ _STRUCTURE = 0.5
 _REACH = 6
 """Pixels on each side of a spot over which its significance is judged."""
 
+_VISIBLE_REACH = 9
+"""Pixels on each side of an ignored spot within which what is seen of it is ignored."""
+
 _MAX_BAD_SHARE = 0.35
 """Of a spot's photons, on pixels that say nothing; beyond it is ignored."""
 
@@ -127,12 +130,16 @@ def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, scene: Scene) -> Ten
     """Draw the labels of judged spots, (B, P, H, W) uint8.
 
     A plateau that spots have filled is ignored beyond their discs: nothing on it tells its middle
-    from its rim.
+    from its rim. So is what is seen of ignored spots: the halves beside a gap are no background.
     """
     B, P, H, W = scene.planted_BPHW.shape
     radius = disc_radius(spots.sigma_M)
+    area = scene.tiling.area_BPH1 * scene.tiling.area_BP1W
+    variance = scene.background.photons_BPHW * area + scene.readout.sigma_BPHW.square()
+    visible = (scene.planted_BPHW * area).square() > variance + EMPTY_VARIANCE
+    visible = visible & _around(spots, ignored_M, B * P, H, W).view(B, P, H, W)
     full = scene.readout.saturated_BPHW & (scene.planted_BPHW > scene.background.photons_BPHW)
-    labels = (full * IGNORED).to(torch.uint8).flatten(0, 1)
+    labels = ((full | visible) * IGNORED).to(torch.uint8).flatten(0, 1)
     for chosen, value in ((ignored_M, IGNORED), (peak_M, PEAK)):
         index = torch.nonzero(chosen).squeeze(1)
         labels = paint(
@@ -162,6 +169,20 @@ def local_snr(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     noise = variance.flatten(0, 1)[pixel].clamp(min=LEAST_VARIANCE).sqrt()
     real = (tiling.on_panel_BPHW & ~tiling.gap_BPHW).flatten(0, 1)
     return heights[pixel] / noise, inside & real[pixel]
+
+
+def _around(spots: Merged, chosen_M: Tensor, N: int, H: int, W: int) -> Tensor:
+    """Return the pixels near chosen spots, (N, H, W) bool."""
+    index = torch.nonzero(chosen_M).squeeze(1)
+    offset_K = torch.arange(-_VISIBLE_REACH, _VISIBLE_REACH + 1, device=index.device)
+    row = (spots.y_M[index].round().long()[:, None] + offset_K)[:, :, None]
+    column = (spots.x_M[index].round().long()[:, None] + offset_K)[:, None, :]
+    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    pixel = (spots.image_M[index][:, None, None] * H + row) * W + column
+    # One more pixel at the end takes what lies outside.
+    near = torch.zeros(N * H * W + 1, dtype=torch.bool, device=index.device)
+    near[torch.where(inside, pixel, N * H * W).flatten()] = True
+    return near[:-1].view(N, H, W)
 
 
 def _windows(images_NCHW: Tensor, spots: Merged) -> tuple[Tensor, Tensor]:
