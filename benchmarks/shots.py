@@ -164,16 +164,22 @@ def held_out(events: int, seed: int, device: str) -> DataSet:
 
 
 def _labelled(simulator: Any, index: int, device: torch.device) -> Shot:
-    from peaknet_predict.training.labels import IGNORED
+    from peaknet_predict.training.labels import BACKGROUND, IGNORED
 
     shots = simulator.shots(index, 1, device)
     peaks_M4 = shots.peaks_M4.cpu().numpy().astype(np.float64)
+    labels_PHW = shots.labels_BPHW[0].cpu().numpy()
+    ignored_PHW = labels_PHW == IGNORED
+    # A spot of which too little was measured to tell is neither asked for nor false.
+    for panel, y, x in np.rint(peaks_M4[:, 1:]).astype(np.int64):
+        if labels_PHW[panel, y, x] == BACKGROUND:
+            ignored_PHW[panel, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = True
     return Shot(
         shots.images_BPHW[0].cpu().numpy(),
         peaks_M4[:, 1:],
         shots.snr_M.cpu().numpy().astype(np.float64),
         float("nan"),
-        (shots.labels_BPHW[0] == IGNORED).cpu().numpy(),
+        ignored_PHW,
     )
 
 

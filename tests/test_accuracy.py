@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from benchmarks import accuracy
@@ -258,3 +259,24 @@ def test_the_sweep_starts_at_the_defaults_ratio() -> None:
     names = [candidate.name for candidate in accuracy.swept([5.0, 10.0])]
     assert names == ["LocalSnr, threshold 5", "LocalSnr, threshold 10", "LocalSnr, all x 2"]
     assert local_snr().net.threshold == 5.0
+
+
+def test_held_out_shots_ask_for_what_their_labels_call_a_peak() -> None:
+    from peaknet_predict.training.labels import PEAK
+    from peaknet_predict.training.shots import ShotSimulator
+
+    shots = DATA_SETS["held_out"](3, 0, "cpu").hits
+    asked = 0
+    for k, shot in enumerate(shots):
+        simulator = ShotSimulator(4, 512, 512, 1.0, 0, "held_out")
+        labels_PHW = simulator.shots(k, 1, torch.device("cpu")).labels_BPHW[0].numpy()
+        panel_M, y_M, x_M = np.rint(shot.peaks_M3).astype(int).T
+        is_peak_M = labels_PHW[panel_M, y_M, x_M] == PEAK
+        score = Score()
+        score.add_hit(shot.peaks_M3, shot.snr_M, shot.peaks_M3, labels_PHW.size, shot.ignored_PHW)
+        strong = int((is_peak_M & (shot.snr_M >= 5)).sum())
+        assert score.recall(5.0) == share([strong], [strong])
+        assert score.precision.value == 1.0
+        asked += int(is_peak_M.sum())
+        assert not is_peak_M.all()
+    assert asked > 20

@@ -28,7 +28,7 @@ from peaknet_predict.preprocess import (
 )
 from peaknet_predict.training.augment import turned
 from peaknet_predict.training.export import METADATA, export_weights
-from peaknet_predict.training.labels import IGNORED
+from peaknet_predict.training.labels import IGNORED, PEAK
 from peaknet_predict.training.loss import focal_loss, peak_log_odds
 from peaknet_predict.training.metrics import (
     OPERATING_POINT,
@@ -179,11 +179,21 @@ def dots(peaks: list[tuple[int, int, int, int]], odds: list[float]) -> Tensor:
 
 
 def test_scores_equal_what_is_counted_by_hand() -> None:
-    # Two events of two panels; the last panel is blank.
-    known = torch.tensor([[0, 0, 5, 5], [0, 0, 20, 20], [0, 1, 8, 8.6], [1, 0, 30, 30]])
-    snr = torch.tensor([4.0, 9.0, 6.0, 2.0])
+    # Two events of two panels; the last panel is blank. The last two are no peaks by their labels.
+    known = torch.tensor(
+        [
+            [0, 0, 5, 5],
+            [0, 0, 20, 20],
+            [0, 1, 8, 8.6],
+            [1, 0, 30, 30],
+            [1, 0, 9, 9],
+            [0, 0, 35, 39.6],
+        ]
+    )
+    snr = torch.tensor([4.0, 9.0, 6.0, 2.0, 9.0, 4.0])
     labels = torch.zeros(2, 2, 40, 40, dtype=torch.uint8)
     labels[0, 0, 33:, 33:] = IGNORED
+    labels[0, 0, 5, 5] = labels[0, 0, 20, 20] = labels[0, 1, 8, 9] = labels[1, 0, 30, 30] = PEAK
     shots = LabelledShots(torch.zeros(2, 2, 40, 40), labels, known, snr)
     # Found: weak, strong one pixel off, off by 0.4, the very faint one, false, ignored, on blank.
     found = [
@@ -225,12 +235,9 @@ def test_scores_equal_what_is_counted_by_hand() -> None:
 def test_scores_are_those_of_the_original_frame() -> None:
     """Peaks found in patches are compared where they are in the event."""
     known = torch.tensor([[0.0, 1, 25, 7]])
-    shots = LabelledShots(
-        torch.zeros(1, 2, 32, 32),
-        torch.zeros(1, 2, 32, 32, dtype=torch.uint8),
-        known,
-        torch.tensor([9.0]),
-    )
+    labels = torch.zeros(1, 2, 32, 32, dtype=torch.uint8)
+    labels[0, 1, 25, 7] = PEAK
+    shots = LabelledShots(torch.zeros(1, 2, 32, 32), labels, known, torch.tensor([9.0]))
     preprocess = Preprocess([LocalNorm(), Patchify(16, 16), MergeBatchChannelDims()])
     odds = torch.full((8, 16, 16), -9.0)
     odds[6, 9, 7] = 9.0

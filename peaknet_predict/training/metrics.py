@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.preprocess import Preprocess
-from peaknet_predict.training.labels import IGNORED
+from peaknet_predict.training.labels import IGNORED, PEAK
 
 if TYPE_CHECKING:
     from peaknet_predict.peaks.finder import PeakFinder
@@ -28,7 +28,8 @@ MATCH_PX = 2.0
 
 WEAK_SNR, STRONG_SNR = 3.0, 5.0
 """Bounds of the bands in which recall is counted: weak peaks from the first to the second, strong
-ones from there on. Fainter ones are neither missed nor false."""
+ones from there on. Fainter ones, and spots that their label calls no peak, are neither missed nor
+false."""
 
 MAX_FALSE_PER_BLANK = 0.1
 """Most peaks on a panel without any that an operating point may list, on average: a shot of nothing
@@ -58,7 +59,7 @@ class Figures:
     precision
         Share of the listed peaks that are known ones; 1 if none is listed.
     recall
-        Share of the known peaks of at least `WEAK_SNR` that are found.
+        Share of the peaks of at least `WEAK_SNR` that are found.
     recall_weak, recall_strong
         The same in the bands of `WEAK_SNR` and `STRONG_SNR`.
     f1
@@ -216,14 +217,16 @@ def _count(
 ) -> npt.NDArray[np.float64]:
     index_M, distance_M = match_peaks(known_M3, found_K3, MATCH_PX)
     is_found_M = index_M >= 0
-    is_strong_M = snr_M >= STRONG_SNR
-    is_weak_M = (snr_M >= WEAK_SNR) & ~is_strong_M
+    labels_NHW = labels_BPHW.reshape(-1, *labels_BPHW.shape[2:])
+    # The pixel that holds a peak's centre belongs to its disc.
+    is_peak_M = labels_NHW[_pixels(known_M3, labels_NHW.shape)] == PEAK
+    is_strong_M = is_peak_M & (snr_M >= STRONG_SNR)
+    is_weak_M = is_peak_M & (snr_M >= WEAK_SNR) & ~is_strong_M
     is_true_K = np.zeros(len(found_K3), dtype=np.bool_)
     is_true_K[index_M[is_found_M]] = True
     # What may or may not be called a peak (ice, a border) is neither true nor false.
-    panel_K, y_K, x_K = np.rint(found_K3).astype(np.int64).T
-    label_K = labels_BPHW.reshape(-1, *labels_BPHW.shape[2:])[panel_K, y_K, x_K]
-    counts_K = is_true_K | (label_K != IGNORED)
+    pixel_K = _pixels(found_K3, labels_NHW.shape)
+    counts_K = is_true_K | (labels_NHW[pixel_K] != IGNORED)
     is_blank_N = known_of_panel == 0
     counts = (
         is_weak_M.sum(),
@@ -233,10 +236,16 @@ def _count(
         counts_K.sum(),
         is_true_K.sum(),
         is_blank_N.sum(),
-        (counts_K & is_blank_N[panel_K]).sum(),
+        (counts_K & is_blank_N[pixel_K[0]]).sum(),
     )
     bins = np.histogram(distance_M[is_found_M], bins=_DISTANCE_BINS, range=(0, MATCH_PX))[0]
     return np.concatenate([np.array(counts, dtype=np.float64), bins])
+
+
+def _pixels(places_K3: npt.NDArray[np.float64], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return panel, row and column of the pixels that hold places."""
+    pixels_K3 = np.rint(places_K3).astype(np.int64)
+    return tuple(np.clip(pixels_K3, 0, np.array(shape) - 1).T)
 
 
 def _figures(threshold: float, counts_K: npt.NDArray[np.float64]) -> Figures:
