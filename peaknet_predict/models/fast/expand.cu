@@ -99,19 +99,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
       S::copy<128, kRows, kInner, !kEven>(tile, x + (i64)next * kInner, last - next, thread);
     }
 
-    // Terms are loaded before the part that needs them: a load does not overtake a store to shared
-    // memory, and so a part's arithmetic would wait for the end of the one before.
-    float4 next_terms[2] = {terms[quad], terms[4 + quad]};
+    TermsAhead terms_ahead(terms + quad);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int block = 0; block < 8; block += 2) {
-        const float4 terms_of[2] = {next_terms[0], next_terms[1]};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int next = 8 * half + block + 2 + i;
-          if (next < kColumns / 8) next_terms[i] = terms[4 * next + quad];
-        }
+        float4 terms_of[2];
+        terms_ahead.take<kColumns / 8>(terms_of, 8 * half + block);
         u32 pairs[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

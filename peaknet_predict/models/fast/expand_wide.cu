@@ -101,18 +101,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* const staging = memory.bytes + threadIdx.x / 32 * kStagingBytes;
   const u32 staging_address = memory.address + threadIdx.x / 32 * kStagingBytes;
   float* const squares_of_warps = (float*)(memory.bytes + kSquaresAt);
-  float4 next_terms[2] = {terms[quad], terms[4 + quad]};  // see expand.cu
+  TermsAhead terms_ahead(terms + quad);
 #pragma unroll
   for (int part = 0; part < kColumns / kPart; ++part) {
 #pragma unroll
     for (int block = 0; block < 8; block += 2) {
       u32 pairs[4];
-      const float4 terms_of[2] = {next_terms[0], next_terms[1]};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int next = 8 * part + block + 2 + i;
-        if (next < kColumns / 8) next_terms[i] = terms[4 * next + quad];
-      }
+      float4 terms_of[2];
+      terms_ahead.take<kColumns / 8>(terms_of, 8 * part + block);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = 8 * part + block + i;

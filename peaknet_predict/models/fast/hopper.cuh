@@ -257,6 +257,26 @@ __device__ __forceinline__ uint4 load_row_unit(const unsigned char* staging, int
   return *(const uint4*)(staging + Slices<64>::place(row, unit));
 }
 
+// Four numbers for each pair of columns, which lie in shared memory, for two blocks of eight columns at a
+// time. Those of the next two are asked for ahead: a load does not overtake a store to shared memory, so
+// the arithmetic of a part would wait for the end of the part before.
+struct TermsAhead {
+  const float4* terms;  // of this thread's columns
+  float4 next[2];
+
+  __device__ __forceinline__ TermsAhead(const float4* terms_of_quad)
+      : terms(terms_of_quad), next{terms_of_quad[0], terms_of_quad[4]} {}
+
+  template <int kBlocks>
+  __device__ __forceinline__ void take(float4 (&of)[2], int block) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      of[i] = next[i];
+      if (block + 2 + i < kBlocks) next[i] = terms[4 * (block + 2 + i)];
+    }
+  }
+};
+
 // Shared memory from the next address that descriptors can hold, in both views of it.
 struct SharedMemory {
   unsigned char* bytes;

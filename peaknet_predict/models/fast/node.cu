@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       offset[i] = -mean * factor[i];
     }
 
-    float4 next_terms[2] = {terms[quad], terms[4 + quad]};  // see expand.cu
+    TermsAhead terms_ahead(terms + quad);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       // What is added again; asked for early.
@@ -151,12 +151,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
 #pragma unroll
       for (int block = 0; block < 8; block += 2) {
-        const float4 terms_of[2] = {next_terms[0], next_terms[1]};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int next = 8 * quarter + block + 2 + i;
-          if (next < kFeatures / 8) next_terms[i] = terms[4 * next + quad];
-        }
+        float4 terms_of[2];
+        terms_ahead.take<kFeatures / 8>(terms_of, 8 * quarter + block);
         u32 pairs[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
