@@ -24,6 +24,7 @@ from peaknet_predict.training.electronics import (
     Readout,
     draw_electronics,
     read_out,
+    share_charge,
 )
 from peaknet_predict.training.geometry import LONGEST_AXIS, PIXEL_UM, Cameras, draw_cameras
 from peaknet_predict.training.labels import (
@@ -416,7 +417,9 @@ def test_peaks_of_the_label_have_their_centroids_at_listed_spots(
 def test_events_of_a_batch_differ(sample: list[LabelledShots]) -> None:
     medians = sample[0].images_BPHW.flatten(1).nanmedian(dim=1).values
     assert len(set(medians.tolist())) > 0.6 * len(medians)
-    counts = torch.bincount(sample[0].peaks_M4[:, 0].long(), minlength=64)
+    counts = torch.stack(
+        [torch.bincount(shots.peaks_M4[:, 0].long(), minlength=64) for shots in sample]
+    )
     assert (counts == 0).any()
     assert counts.max() > 40
 
@@ -504,8 +507,9 @@ def test_mean_and_variance_of_a_readout(photons: float, noise: float, gain: floa
         no_pixel.long(),
         no_pixel,
     )
+    nothing = 0.0 * one
     electronics = Electronics(
-        gain * one, noise * one, 1e9 * one, 0.0 * one, ~never if noise == 0 else never, never
+        gain * one, noise * one, 1e9 * one, nothing, nothing, ~never if noise == 0 else never, never
     )
     readout = read_out(Draws(CPU, 13), flat, tiling, electronics)
     assert readout.excess_BPHW[~readout.bad_BPHW].mean() == pytest.approx(photons, rel=0.02)
@@ -519,6 +523,23 @@ def test_mean_and_variance_of_a_readout(photons: float, noise: float, gain: floa
     assert mean.nanmedian() == pytest.approx(gain * photons, rel=0.05)
     # Common modes and gains that differ add to it.
     assert 0.98 * expected < variance.nanmedian() < 1.15 * expected
+
+
+def test_shared_charge_makes_neighbours_alike_and_none_is_made() -> None:
+    photons = Draws(CPU, 15).poisson(torch.full((2, 1, 400, 400), 3.0))
+    sharing = torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)
+    shared = share_charge(Draws(CPU, 14), photons, sharing)
+    assert torch.equal(shared[1], photons[1])
+    assert shared.min() >= 0
+    # A photon in eight crosses a border of one side, with a quarter of its charge.
+    assert shared[0].sum() == pytest.approx(float(photons[0].sum()), rel=4 / 400 / 8)
+    for one, other in (
+        (shared[0, 0, :, 1:], shared[0, 0, :, :-1]),
+        (shared[0, 0, 1:], shared[0, 0, :-1]),
+    ):
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+        # Two ways of E[u (1 - u)] / 8 = 1/48, u up to 1/2; over a variance that is smaller by four.
+        assert correlation == pytest.approx((1 / 24) / (1 - 4 / 24), abs=0.01)
 
 
 def test_tilings_have_gaps_seams_and_small_panels() -> None:

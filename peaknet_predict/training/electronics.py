@@ -24,6 +24,9 @@ NOISE_PHOTONS = Band(0.02, 5.0, 0.15, 0.25)
 """Readout noise, photons rms: 0.02 (Jungfrau at 12 keV) to several (CCDs, CSPAD in low gain).
 Held out: between ePix10k's and CSPAD's."""
 
+MAX_SHARING = 0.8
+"""Probability that a photon's charge is shared, at most: small pixels, thick sensors."""
+
 STEP_ADU = (0.0, 1.0, 8.0)
 """Quantisation of the readout, ADU; 0 for none."""
 
@@ -40,6 +43,8 @@ class Electronics:
     gain_B, noise_B, saturation_B, step_B
         (B, 1, 1, 1): ADU per photon; photons rms; photons at which the signal stops; ADU between
         numbers, 0 for none.
+    sharing_B
+        (B, 1, 1, 1): probability that a photon leaves a part of its charge in a neighbouring pixel.
     counting_B, raw_B
         (B, 1, 1, 1) bool: a photon counter; an integrating detector without dark subtraction.
     """
@@ -48,6 +53,7 @@ class Electronics:
     noise_B: Tensor
     saturation_B: Tensor
     step_B: Tensor
+    sharing_B: Tensor
     counting_B: Tensor
     raw_B: Tensor
 
@@ -103,6 +109,9 @@ def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Elec
         noise_B=torch.where(counting, 0.0, noise),
         saturation_B=saturation,
         step_B=torch.where(counting, 1.0, step),
+        # Counters ask for half of the charge. Of a CSPAD's noise the correlation of neighbours
+        # is 0.04, which takes 0.5.
+        sharing_B=torch.where(counting, 0.0, draws.uniform(*one, high=MAX_SHARING)),
         counting_B=counting,
         raw_B=raw,
     )
@@ -125,7 +134,7 @@ def read_out(
     B, P, H, W = expected_BPHW.shape
     e = electronics
     area = tiling.area_BPH1 * tiling.area_BP1W
-    counts = draws.poisson(expected_BPHW * area)
+    counts = share_charge(draws, draws.poisson(expected_BPHW * area), e.sharing_B)
     # What everything else is measured in.
     unit = torch.where(e.counting_B, 1.0, e.noise_B)
 
@@ -162,6 +171,39 @@ def read_out(
     images = _numbers(draws, adu, tiling, e, hot | dead | blocks | noisy)
     bad = hot | dead | noisy | negative | blocks | tiling.gap_BPHW | ~tiling.on_panel_BPHW
     return Readout(images, counts + noise, sigma, bad, saturated)
+
+
+def share_charge(draws: Draws, counts_BPHW: Tensor, sharing_B: Tensor) -> Tensor:
+    """Let photons leave up to half of their charge in a pixel beside their own.
+
+    So the noise of a background has faint pairs of pixels which are no peaks, up to half as many
+    again as independent pixels would have.
+
+    Parameters
+    ----------
+    draws
+        Stream.
+    counts_BPHW
+        (B, P, H, W) photons that each pixel has absorbed.
+    sharing_B
+        (B, 1, 1, 1) probability of a photon to share.
+
+    Returns
+    -------
+    Tensor
+        (B, P, H, W), photons' worth of charge.
+    """
+    result, whole = counts_BPHW.clone(), counts_BPHW.clone()
+    for axis in (-2, -1):
+        for step in (-1, 1):
+            shared = torch.minimum(draws.poisson(counts_BPHW * (sharing_B / 4)), whole)
+            whole -= shared
+            charge = shared * draws.uniform(*counts_BPHW.shape, high=0.5)
+            arrived = charge.roll(step, axis)
+            # What leaves the panel is lost.
+            arrived.select(axis, 0 if step == 1 else -1).zero_()
+            result += arrived - charge
+    return result
 
 
 def _smeared(draws: Draws, measured_BPHW: Tensor) -> Tensor:
