@@ -14,7 +14,7 @@ from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import Delivery, QueueState, QueueStatistics
-from peaknet_predict.queues.waiting import Line
+from peaknet_predict.queues.waiting import Line, Rest
 from peaknet_predict.types import Event, Result
 from peaknet_predict.wire import event_to_item, results_to_item
 
@@ -26,6 +26,13 @@ PROTOCOL = 3
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
+
+REST_S = 0.005
+"""How long readers that ask for more than there is wait after one of them has been answered.
+
+An answer costs the queue's process about a millisecond, a record in it some microseconds: while
+events come more often than this, several go out together.
+"""
 
 _NOTHING = Delivery([], [], {}, False, False, {})
 
@@ -84,6 +91,7 @@ class QueueActor:
         self._producers = Line[bool](self._serve)
         self._readers = Line[Delivery](self._serve)
         self._watchers = Line[bool](self._serve)
+        self._rest = Rest(REST_S, self._serve)
         self._syncing = asyncio.Lock()
         self._synced = (0, 0)
         self._ticker: asyncio.Task[None] | None = None
@@ -158,7 +166,8 @@ class QueueActor:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.
 
         With nothing to come before the reader has brought to an end what it holds, it is told at
-        once.
+        once. While events come faster than one in `REST_S`, a reader that asks for several waits
+        up to that long for more.
 
         Parameters
         ----------
@@ -175,6 +184,8 @@ class QueueActor:
 
         def take() -> Delivery | None:
             delivery = self._state.take(reader, holder, request, max_records)
+            if delivery.tokens:
+                self._rest.begin()
             return delivery if delivery.tokens or delivery.ended or delivery.flush else None
 
         def give_back(delivery: Delivery) -> None:
@@ -240,8 +251,12 @@ class QueueActor:
                 return
 
     def _is_worth_a_look(self, wanted: int) -> bool:
-        """Whether there may be something for the reader whose turn it is."""
-        return len(self._state) > 0 or self._state.streams.ended
+        """Whether to look what there is for a reader, or let it wait for more."""
+        state = self._state
+        if state.streams.ended:
+            return True
+        ready = len(state)
+        return ready > 0 and (ready >= wanted or state.full or self._rest.is_over())
 
     async def _on_disk(self) -> None:
         """Return once what was accepted up to now is on disk; many puts share one sync."""

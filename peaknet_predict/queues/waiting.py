@@ -116,3 +116,38 @@ class Line(Generic[T]):
     def _leave(self, key: Hashable, call: _Call[T]) -> None:
         if self._calls.get(key) is call:
             del self._calls[key]
+
+
+class Rest:
+    """A short rest after an answer, so that what comes meanwhile goes out together.
+
+    Parameters
+    ----------
+    seconds
+        How long it is.
+    at_its_end
+        Called at the end of a rest during which somebody has asked whether it is over.
+    """
+
+    def __init__(self, seconds: float, at_its_end: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._at_its_end = at_its_end
+        self._until = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Begin a rest, or begin it again."""
+        self._until = asyncio.get_running_loop().time() + self._seconds
+
+    def is_over(self) -> bool:
+        """Whether there is no rest now."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._until:
+            return True
+        if self._alarm is None:
+            self._alarm = loop.call_at(self._until, self._ring)
+        return False
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._at_its_end()
