@@ -31,26 +31,34 @@ def event(idx: int, size: int = 4) -> Event:
     return Event(EventId("s", 0, idx), np.zeros((1, 1, size), np.uint8), 9000.0)
 
 
+def get(
+    state: QueueState, reader: str, holder: str, request: int, most: int, resumes: bool = False
+) -> Delivery:
+    """Make a request that does not wait."""
+    answer = state.ask(reader, holder, request, resumes)
+    return answer or state.take(reader, holder, request, most)
+
+
 def ask(state: QueueState, reader: str = "r", most: int = 3, holder: str | None = None) -> Delivery:
     """Ask as a process does: every request has a number of its own."""
     ask.requests += 1  # type: ignore[attr-defined]
-    return state.get(reader, holder or reader, ask.requests, most)  # type: ignore[attr-defined]
+    return get(state, reader, holder or reader, ask.requests, most)  # type: ignore[attr-defined]
 
 
 ask.requests = 0  # type: ignore[attr-defined]
 
 
 def ids(delivery: Delivery) -> list[int]:
-    return [lease.record.id.idx for lease in delivery.leases]
+    return [record.id.idx for record in delivery.records]
 
 
 def tokens(delivery: Delivery) -> list[int]:
-    return [lease.token for lease in delivery.leases]
+    return delivery.tokens
 
 
 def take_all(state: QueueState, reader: str = "r") -> list[int]:
     taken = []
-    while (delivery := ask(state, reader)).leases:
+    while (delivery := ask(state, reader)).tokens:
         taken += ids(delivery)
         state.ack(tokens(delivery))
     return taken
@@ -136,7 +144,7 @@ def test_silence_beyond_the_lease_puts_records_back_in_order_under_new_tokens() 
     clock.now = 17.0
     again = ask(state, holder="b", most=9)
     assert ids(again) == [0, 1]
-    assert [lease.lost_by for lease in again.leases] == [("a",), ("a",)]
+    assert again.lost_by == {token: ["a"] for token in tokens(again)}
     assert state.ack(tokens(lost)) == tokens(lost), "a late acknowledgement means nothing"
     assert state.held(tokens(lost) + tokens(again)) == tokens(again)
     assert state.ack(tokens(again)) == []
@@ -147,9 +155,9 @@ def test_a_repeated_request_gets_the_same_answer() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")
     state.put("p", [event(i) for i in range(4)])
-    first = state.get("r", "h", 7, 2)
-    assert state.get("r", "h", 7, 2) == first
-    assert ids(state.get("r", "h", 8, 2)) == [2, 3]
+    first = get(state, "r", "h", 7, 2)
+    assert get(state, "r", "h", 7, 2) == first
+    assert ids(get(state, "r", "h", 8, 2)) == [2, 3]
 
 
 def test_a_record_that_kills_its_readers_is_isolated_and_then_quarantined() -> None:
@@ -172,7 +180,7 @@ def test_a_record_that_kills_its_readers_is_isolated_and_then_quarantined() -> N
                 clock.now += 11
                 state.hear("nobody", ["p"])
                 break
-            if not delivery.leases:
+            if not delivery.tokens:
                 break
             state.ack(tokens(delivery))
             done += ids(delivery)
@@ -196,7 +204,7 @@ def test_a_suspect_waits_until_its_reader_holds_nothing_else() -> None:
     assert ids(alone) == [0]
     assert alone.flush
     waiting = ask(state)
-    assert (waiting.leases, waiting.flush) == ([], True), "nothing beside it"
+    assert (waiting.tokens, waiting.flush) == ([], True), "nothing beside it"
     state.release(tokens(alone))
     other = ask(state, holder="other", most=1)
     assert ids(other) == [0], "given back freely is no loss, but it stays a suspect"
@@ -263,8 +271,8 @@ def test_a_reader_that_takes_the_place_of_a_dead_one_waits_for_no_other_run() ->
     state.open("p")
     state.close("p")
     assert ask(state, "first").ended
-    assert state.get("again", "again", 1, 1, resumes=True).ended
-    assert not state.get("next", "next", 1, 1).ended
+    assert get(state, "again", "again", 1, 1, resumes=True).ended
+    assert not get(state, "next", "next", 1, 1).ended
 
 
 def test_a_reader_that_joins_late_still_gets_a_run_that_nobody_read() -> None:
@@ -292,14 +300,14 @@ def test_foreign_puts_end_with_none_and_begin_again_with_the_next_item() -> None
     assert not state.put_foreign([0, 1, np.zeros(3), 1.0]), "full"
     assert state.put_foreign(None)
     first = ask(state)
-    assert isinstance(first.leases[0].record, ForeignItem)
-    assert first.leases[0].record.nbytes == 24
+    assert isinstance(first.records[0], ForeignItem)
+    assert first.records[0].nbytes == 24
     state.ack(tokens(first))
     assert ask(state).ended
     assert state.put_foreign([0, 0, np.zeros(3), 1.0])
     assert ask(state).ended, "what a reader was told stays so"
     again = ask(state, "next")
-    assert again.leases[0].record.id != first.leases[0].record.id, "idx repeats from run to run"
+    assert again.records[0].id != first.records[0].id, "idx repeats from run to run"
     assert not ask(state, "next").ended
 
 
@@ -307,7 +315,7 @@ def test_a_foreign_producer_that_begins_anew_loses_nothing() -> None:
     state = QueueState("events", 9, 1000)
     for idx in (0, 1, 0, 1):
         assert state.put_foreign([3, idx, np.zeros(3), 1.0])
-    records = [lease.record.id for lease in ask(state, most=9).leases]
+    records = [record.id for record in ask(state, most=9).records]
     assert len(set(records)) == 4
     assert [key.idx for key in records] == [0, 1, 0, 1]
 
@@ -320,7 +328,7 @@ def test_what_no_other_process_may_know_is_replaced_by_its_description() -> None
     state = QueueState("events", 9, 1000)
     state.put_foreign([0, 0, Strange(), 1.0])
     state.put_foreign({"set", "of"})
-    first, second = (lease.record for lease in ask(state).leases)
+    first, second = ask(state).records
     assert isinstance(first, ForeignItem)
     assert isinstance(second, ForeignItem)
     assert "Strange (its repr fails: RuntimeError)" in repr(first.payload)
@@ -363,6 +371,7 @@ class Conservation(RuleBasedStateMachine):
         self.current: dict[int, tuple[EventId, str]] = {}  # as the model knows it
         self.heard: dict[str, float] = {}
         self.requests = 0
+        self.waiting: list[tuple[str, int, int]] = []
         self.closed = False
 
     def quarantine(self, entry: Entry, reason: str) -> None:
@@ -386,20 +395,43 @@ class Conservation(RuleBasedStateMachine):
         self.expire()
         self.requests += 1
         self.heard[holder] = self.clock.now
-        delivery = self.state.get("r", holder, self.requests, most)
-        repeated = self.state.get("r", holder, self.requests, most)
-        assert repeated.leases == delivery.leases
-        for lease in delivery.leases:
-            key = lease.record.id
+        delivery = get(self.state, "r", holder, self.requests, most)
+        repeated = get(self.state, "r", holder, self.requests, most)
+        assert repeated.tokens == delivery.tokens
+        return self.check(holder, delivery)
+
+    def check(self, holder: str, delivery: Delivery) -> list[int]:
+        """What is leased was there and is leased to nobody else; return its tokens."""
+        for token, record in zip(delivery.tokens, delivery.records, strict=True):
+            key = record.id
             assert key in self.accepted
             assert key not in self.acked
             assert key not in self.quarantined
-            assert lease.token not in self.current
+            assert token not in self.current
             assert key not in {held for held, _ in self.current.values()}, "leased twice"
-            self.current[lease.token] = key, holder
+            self.current[token] = key, holder
         done = len(self.acked) + len(self.quarantined)
         assert delivery.ended == (self.closed and done == len(self.accepted))
         return tokens(delivery)
+
+    @rule(holder=st.sampled_from("xyz"), most=st.integers(1, 4))
+    def wait(self, holder: str, most: int) -> None:
+        """Ask where nothing is taken yet: see `answer`."""
+        self.expire()
+        self.requests += 1
+        self.heard[holder] = self.clock.now
+        if self.state.ask("r", holder, self.requests) is None:
+            self.waiting.append((holder, self.requests, most))
+
+    @precondition(lambda self: self.waiting)
+    @rule(target=leases)
+    def answer(self) -> list[int]:
+        """Answer the call that has waited longest."""
+        holder, request, most = self.waiting.pop(0)
+        self.state.tick()
+        self.expire()
+        self.heard[holder] = self.clock.now
+        return self.check(holder, self.state.take("r", holder, request, most))
 
     @rule(given=leases)
     def ack(self, given: list[int]) -> None:
@@ -474,7 +506,7 @@ class Conservation(RuleBasedStateMachine):
         for _ in range(200):
             delivery = ask(self.state, "r", 4, holder="last")
             self.state.ack(tokens(delivery))
-            seen += [lease.record.id for lease in delivery.leases]
+            seen += [record.id for record in delivery.records]
             if delivery.ended:
                 break
         assert ask(self.state, "r", 4, holder="last").ended

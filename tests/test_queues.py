@@ -247,7 +247,7 @@ def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) 
 
     def counting(method: str, *args: Any) -> Any:
         nonlocal sent
-        sent += len(args[1]) if method == "put_many" else 0
+        sent += len(args[0][1]) if method == "put_many" else 0
         return call(method, *args)
 
     queue._call = counting  # type: ignore[method-assign]

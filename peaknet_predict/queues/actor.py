@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.quarantine import Quarantine
@@ -15,6 +14,7 @@ from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import Delivery, QueueState, QueueStatistics
+from peaknet_predict.queues.waiting import Line, Rest
 from peaknet_predict.types import Event, Result
 from peaknet_predict.wire import event_to_item, results_to_item
 
@@ -22,10 +22,19 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
+
+REST_S = 0.005
+"""How long readers that ask for more than there is wait after one of them has been answered.
+
+An answer costs the queue's process about a millisecond, a record in it some microseconds: while
+events come more often than this, several go out together.
+"""
+
+_NOTHING = Delivery([], [], {}, False, False, {})
 
 
 class Description(NamedTuple):
@@ -37,22 +46,17 @@ class Description(NamedTuple):
     address: QueueAddress
 
 
-class PutAnswer(NamedTuple):
-    """How many records were taken, and why no more although there may be room."""
-
-    taken: int
-    problem: str | None
-
-
 class QueueActor:
     """A named queue in the cluster, for any number of producers and readers.
 
     ``put``, ``get`` and ``size`` are psana-ray's; programs that know nothing else can use them. The
     other methods are for our own clients: they move many events a call, wait in the actor instead
     of polling, and tell "empty" from "ended". Each of them may be called again if its answer is
-    lost.
+    lost. Those that move records take one argument and return a plain tuple, because Ray unpacks
+    every argument for itself, and pickles a tuple faster than a class.
 
     Every method runs in the actor's one event loop, so the state is never changed by two at once.
+    Calls that wait stand in lines, and whatever changes the state serves them (`_serve`).
     """
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
@@ -84,24 +88,23 @@ class QueueActor:
                 self._spool.books(self._state.streams.to_json())
                 self._spool.sync()
             found.entries = []  # the state's, from now on
-        self._changed = asyncio.Condition()
+        self._producers = Line[bool](self._serve)
+        self._readers = Line[Delivery](self._serve)
+        self._watchers = Line[bool](self._serve)
+        self._rest = Rest(REST_S, self._serve)
         self._syncing = asyncio.Lock()
         self._synced = (0, 0)
         self._ticker: asyncio.Task[None] | None = None
 
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
-        async with self._changed:
-            taken = self._state.put_foreign(item)
-            self._changed.notify_all()
+        taken = self._change(lambda: self._state.put_foreign(item))
         await self._on_disk()
         return taken
 
     async def get(self) -> Any:
         """Return one item, or ``None`` when there is none (psana-ray's method)."""
-        async with self._changed:
-            record = self._state.get_foreign()
-            self._changed.notify_all()
+        record = self._change(self._state.get_foreign)
         if isinstance(record, Event):
             return event_to_item(record)
         if isinstance(record, Result):
@@ -122,71 +125,94 @@ class QueueActor:
 
     async def open(self, producer: str, of: int) -> None:
         """Announce a producer, one of ``of``."""
-        await self._change(lambda: self._state.open(producer, of))
+        self._change(lambda: self._state.open(producer, of))
 
     async def close(self, producer: str, failure: str | None, end_markers: int) -> None:
         """End a producer's part of the stream."""
-        await self._change(lambda: self._state.close(producer, failure, end_markers))
+        self._change(lambda: self._state.close(producer, failure, end_markers))
 
     async def vouch(self, prefix: str, failure: str | None, end_markers: int) -> None:
         """Close the parts of all producers of a name: what one left undone, others have done."""
-        await self._change(lambda: self._state.vouch(prefix, failure, end_markers))
+        self._change(lambda: self._state.vouch(prefix, failure, end_markers))
 
-    async def put_many(self, producer: str, records: list[Record], timeout_s: float) -> PutAnswer:
-        """Take the records as room appears, up to ``timeout_s``."""
+    async def put_many(self, call: tuple[str, Sequence[Record], float]) -> tuple[int, str | None]:
+        """Take records as room appears.
+
+        Parameters
+        ----------
+        call
+            The producer, the records, and for how many seconds to wait for room.
+
+        Returns
+        -------
+        int, str or None
+            How many were taken, and why no more although there may be room.
+        """
+        producer, records, timeout_s = call
         taken = 0
 
-        def all_taken() -> bool:
+        def put() -> bool | None:
             nonlocal taken
-            more = self._state.put(producer, records[taken:])
-            taken += more
-            if more:
-                self._changed.notify_all()
-            return taken == len(records)
+            taken += self._state.put(producer, records[taken:])
+            return True if taken == len(records) else None
 
-        await self._wait_for(all_taken, timeout_s)
+        # At once: what the queue knows already, or will not take from this producer, needs no room.
+        if self._change(put) is None:
+            await self._producers.answer(object(), put, timeout_s)
         await self._on_disk()
-        return PutAnswer(taken, self._state.problem)
+        return taken, self._state.problem
 
-    async def get_many(
-        self,
-        reader: str,
-        holder: str,
-        request: int,
-        max_records: int,
-        resumes: bool,
-        timeout_s: float,
-    ) -> Delivery:
-        """Lease records as soon as there are any; or say the end, or nothing after ``timeout_s``.
+    async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
+        """Lease records as soon as there are any; or say the end; or nothing, after a while.
 
         With nothing to come before the reader has brought to an end what it holds, it is told at
-        once.
+        once. While events come faster than one in `REST_S`, a reader that asks for several waits
+        up to that long for more.
+
+        Parameters
+        ----------
+        call
+            The reader, holder, request and ``resumes`` of `QueueState.ask`, how many records at
+            most, and for how many seconds to wait for them.
+
+        Returns
+        -------
+        tuple
+            The fields of a `Delivery`.
         """
-        delivery = Delivery([], False, False, {})
+        reader, holder, request, resumes, max_records, timeout_s = call
 
-        def something() -> bool:
-            nonlocal delivery
-            delivery = self._state.get(reader, holder, request, max_records, resumes)
-            return bool(delivery.leases) or delivery.ended or delivery.flush
+        def take() -> Delivery | None:
+            delivery = self._state.take(reader, holder, request, max_records)
+            if delivery.tokens:
+                self._rest.begin()
+            return delivery if delivery.tokens or delivery.ended or delivery.flush else None
 
-        await self._wait_for(something, timeout_s)
-        return delivery
+        def give_back(delivery: Delivery) -> None:
+            self._change(lambda: self._state.release(delivery.tokens))
+
+        delivery = self._change(lambda: self._state.ask(reader, holder, request, resumes))
+        if delivery is None:
+            delivery = await self._readers.answer(
+                (holder, request), take, timeout_s, max_records, give_back
+            )
+        return tuple(delivery or _NOTHING)
 
     async def ack(self, tokens: list[int]) -> list[int]:
         """End leases whose records the next stage has; return the stale tokens."""
-        return await self._change(lambda: self._state.ack(tokens))
+        return self._change(lambda: self._state.ack(tokens))
 
     async def refuse(self, reasons: dict[int, str]) -> list[int]:
         """Quarantine leased records, each for a reason; return the stale tokens."""
-        return await self._change(lambda: self._state.refuse(reasons))
+        return self._change(lambda: self._state.refuse(reasons))
 
     async def release(self, tokens: list[int], failure: str | None) -> None:
         """Give leased records back."""
-        await self._change(lambda: self._state.release(tokens, failure))
+        self._change(lambda: self._state.release(tokens, failure))
 
     async def held(self, tokens: list[int]) -> list[int]:
         """Return those of the tokens that are current."""
-        return self._state.held(tokens)
+        return self._change(lambda: self._state.held(tokens))
 
     async def hear(self, holder: str, producers: list[str]) -> None:
         """Note that a process is alive."""
@@ -198,19 +224,39 @@ class QueueActor:
 
     async def wait_ended(self, timeout_s: float) -> bool:
         """Wait until every producer has closed the stream; say whether they have."""
-        return await self._wait_for(lambda: self._state.streams.ended, timeout_s)
+        ended = await self._watchers.answer(
+            object(), lambda: self._state.streams.ended or None, timeout_s
+        )
+        return ended is not None
 
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
-        statistics = self._state.statistics()
+        statistics = self._change(self._state.statistics)
         statistics.problem = statistics.problem or self._quarantine.problem
         return statistics
 
-    async def _change(self, act: Callable[[], T]) -> T:
-        async with self._changed:
-            answer = act()
-            self._changed.notify_all()
-        return answer
+    def _change(self, act: Callable[[], T]) -> T:
+        """Do what may change the state, and answer whoever has waited for that."""
+        try:
+            return act()
+        finally:
+            self._serve()
+
+    def _serve(self) -> None:
+        self._watchers.serve(lambda wanted: self._state.streams.ended)
+        while True:
+            self._producers.serve(lambda wanted: not self._state.full)
+            # What readers have taken leaves room.
+            if not self._readers.serve(self._is_worth_a_look):
+                return
+
+    def _is_worth_a_look(self, wanted: int) -> bool:
+        """Whether to look what there is for a reader, or let it wait for more."""
+        state = self._state
+        if state.streams.ended:
+            return True
+        ready = len(state)
+        return ready > 0 and (ready >= wanted or state.full or self._rest.is_over())
 
     async def _on_disk(self) -> None:
         """Return once what was accepted up to now is on disk; many puts share one sync."""
@@ -229,24 +275,7 @@ class QueueActor:
         while True:
             await asyncio.sleep(min(_TICK_S, self._address.lease_s / 4))
             try:
-                async with self._changed:
-                    if self._state.tick():
-                        self._changed.notify_all()
+                self._change(self._state.tick)
                 self._quarantine.retry()
             except Exception:
                 log.exception("the queue's clock")
-
-    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        # The condition may take records out of the queue, so it is only ever evaluated here,
-        # outside anything that a timeout can cancel.
-        clock = asyncio.get_running_loop()
-        deadline = clock.time() + timeout_s
-        async with self._changed:
-            while not condition():
-                remaining = deadline - clock.time()
-                if remaining <= 0:
-                    return False
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), remaining)
-            self._changed.notify_all()
-        return True

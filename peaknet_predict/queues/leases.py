@@ -51,16 +51,17 @@ class LeaseBook:
         else:
             known.deadline = deadline
 
-    def grant(self, holder: str, request: int, entries: Iterable[Entry]) -> None:
+    def grant(self, holder: str, request: int, entries: Iterable[Entry]) -> list[tuple[int, Entry]]:
         """Lease entries to a holder that has been heard, as the answer to its request."""
+        granted = list(enumerate(entries, self._next_token))
+        self._next_token += len(granted)
         of_holder = self._holders[holder]
-        of_holder.request, of_holder.granted = request, []
-        for entry in entries:
-            token, self._next_token = self._next_token, self._next_token + 1
+        of_holder.request, of_holder.granted = request, [token for token, _ in granted]
+        of_holder.tokens.update(of_holder.granted)
+        for token, entry in granted:
             self._leases[token] = entry, holder
             self.nbytes += entry.nbytes
-            of_holder.tokens.add(token)
-            of_holder.granted.append(token)
+        return granted
 
     def granted(self, holder: str, request: int) -> list[tuple[int, Entry]] | None:
         """Return what a request was granted and is still held; None if it is a new request."""
@@ -88,10 +89,13 @@ class LeaseBook:
         lease = self._leases.get(token)
         return None if lease is None else lease[1]
 
-    def held_by(self, holder: str) -> list[Entry]:
-        """Return what a holder holds."""
+    def held_alone(self, holder: str) -> Entry | None:
+        """Return what a holder holds, if that is one record."""
         known = self._holders.get(holder)
-        return [] if known is None else [self._leases[token][0] for token in known.tokens]
+        if known is None or len(known.tokens) != 1:
+            return None
+        (token,) = known.tokens
+        return self._leases[token][0]
 
     def holds_nothing(self, holder: str) -> bool:
         """Whether a holder holds nothing."""

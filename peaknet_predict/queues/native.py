@@ -18,6 +18,7 @@ from peaknet_predict.queues.address import QueueError
 from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.patience import Patience
 from peaknet_predict.queues.records import ForeignItem, Kind, Record
+from peaknet_predict.queues.state import Delivery
 from peaknet_predict.types import Event, EventId, Refusal, Result
 from peaknet_predict.wire import item_to_event, item_to_results
 
@@ -132,14 +133,14 @@ class NativeQueue:
             while left:
                 if stop is not None and stop.is_set():
                     return accepted
-                answer = self._call("put_many", producer, left, _POLL_S)
+                taken, problem = self._call("put_many", (producer, left, _POLL_S))
                 self.touch()
-                left = left[answer.taken :]
-                accepted += answer.taken
-                if answer.taken:
+                left = left[taken:]
+                accepted += taken
+                if taken:
                     patience.reset()
                 else:
-                    patience.mention(lambda why=answer.problem: why or self._why_full())  # type: ignore[misc]
+                    patience.mention(lambda why=problem: why or self._why_full())  # type: ignore[misc]
         return accepted
 
     def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
@@ -152,33 +153,32 @@ class NativeQueue:
         """
         self.touch()
         request = next(self._requests)
-        delivery = self._call(
-            "get_many", reader, self.holder, request, max_records, self.resumes, timeout_s
-        )
+        call = (reader, self.holder, request, self.resumes, max_records, timeout_s)
+        delivery = Delivery(*self._call("get_many", call))
         self.flush_wanted = delivery.flush
-        if delivery.leases:
+        if delivery.tokens:
             self._waiting.reset()
         elif not delivery.ended:
             self._waiting.mention(self._why_empty)
         if delivery.ended:
             self.failures = delivery.failures
         taken: list[Taken] = []
-        for lease in delivery.leases:
-            parts = self._decode(lease.record)
+        for token, record in zip(delivery.tokens, delivery.records, strict=True):
+            parts = self._decode(record)
             with self._lock:
-                self._parts[lease.token] = len(parts)
+                self._parts[token] = len(parts)
                 for part in parts:
                     assert part.id is not None
                     # It may come again to whoever had lost it: the old lease is over.
                     self._parts.pop(self._tokens.get(part.id, -1), None)
-                    self._tokens[part.id] = lease.token
-                    if lease.lost_by:
-                        self._lost_by[part.id] = lease.lost_by
+                    self._tokens[part.id] = token
+                    if token in delivery.lost_by:
+                        self._lost_by[part.id] = tuple(delivery.lost_by[token])
             if not parts:
-                self._call("ack", [lease.token])
-                self._parts.pop(lease.token)
+                self._call("ack", [token])
+                self._parts.pop(token)
             taken += parts
-        if delivery.leases:
+        if delivery.tokens:
             self._keep_alive()
         return taken, bool(delivery.ended)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -30,26 +30,29 @@ _SUSPECT_AFTER = 2  # losses after which a record is handed out alone
 _REASONS_KEPT = 100
 
 
-class Lease(NamedTuple):
-    """A record for as long as its reader is heard of.
-
-    ``lost_by`` names the readers that held it before and did not bring it to an end, as far as is
-    known; `ANYONE` may have, before a restart of the queue.
-    """
-
-    token: int
-    record: Record
-    lost_by: tuple[str, ...]
-
-
 class Delivery(NamedTuple):
-    """The answer to `QueueState.get`: leases, or nothing yet, or the end.
+    """The answer to a request for records: leases, or nothing yet, or the end.
 
-    With ``flush`` nothing more will come before the reader has brought to an end all it holds.
-    With the end come the producers that ended their part of the stream early, and why.
+    Attributes
+    ----------
+    tokens
+        Of the leases: each holds for as long as its reader is heard of.
+    records
+        What is leased, in the same order.
+    lost_by
+        Of tokens whose record other readers held before and did not bring to an end: those readers,
+        as far as is known; `ANYONE` may have, before a restart of the queue.
+    ended
+        Whether the stream has ended for this reader.
+    flush
+        Whether nothing more will come before the reader has brought to an end all it holds.
+    failures
+        At the end: producers that ended their part of the stream early, and why.
     """
 
-    leases: list[Lease]
+    tokens: list[int]
+    records: list[Record]
+    lost_by: dict[int, list[str]]
     ended: bool
     flush: bool
     failures: dict[str, str]
@@ -166,6 +169,11 @@ class QueueState:
         return len(self._ready) + len(self._suspects)
 
     @property
+    def full(self) -> bool:
+        """Whether there is no room, not even for the smallest record."""
+        return not self._has_room(0)
+
+    @property
     def drained(self) -> bool:
         """Whether the stream has ended and everything in it has been brought to an end."""
         return self.streams.ended and not len(self) and not len(self.leases)
@@ -188,7 +196,7 @@ class QueueState:
         self.streams.vouch(prefix, failure, end_markers)
         self._note_books()
 
-    def put(self, producer: str, records: list[Any]) -> int:
+    def put(self, producer: str, records: Sequence[Record]) -> int:
         """Take records in order for as long as there is room; the answer is how many were taken.
 
         A record whose key was accepted before counts as taken, and changes nothing.
@@ -216,7 +224,7 @@ class QueueState:
             return True
         self.streams.begin_if_ended(self.drained)
         self.streams.begin_foreign()
-        if not self._has_room(0):
+        if self.full:
             return False
         name = named(payload) if self.kind == "events" else None
         stream = self.streams.foreign_stream(name)
@@ -226,10 +234,8 @@ class QueueState:
         self.streams.foreign_items += 1
         return True
 
-    def get(
-        self, reader: str, holder: str, request: int, max_records: int, resumes: bool = False
-    ) -> Delivery:
-        """Lease up to ``max_records``.
+    def ask(self, reader: str, holder: str, request: int, resumes: bool = False) -> Delivery | None:
+        """Hear a request for records; the answer if it does not depend on what is here.
 
         Parameters
         ----------
@@ -251,25 +257,30 @@ class QueueState:
         if again is not None:
             return self._delivery(again, flush=False)
         if self.streams.is_at_end(reader):
-            return Delivery([], True, False, dict(self.streams.failures))
+            return self._end()
+        return None
+
+    def take(self, reader: str, holder: str, request: int, max_records: int) -> Delivery:
+        """Lease up to ``max_records``, as the answer to a request that `ask` could not answer."""
+        self.leases.hear(holder, self._clock())  # it has waited all the while
+        if self.streams.is_at_end(reader):
+            return self._end()
         holds_nothing = self.leases.holds_nothing(holder)
         if self._suspects:
             # Alone: not beside what this reader still holds, and with nothing that comes after.
             taken = [self._pop(self._suspects)] if holds_nothing else []
-        elif any(self._is_suspect(entry) for entry in self.leases.held_by(holder)):
-            taken = []
+            flush = True
+        elif (alone := self.leases.held_alone(holder)) is not None and self._is_suspect(alone):
+            taken, flush = [], True
         elif self._ready:
             taken = [self._pop(self._ready) for _ in range(min(max_records, len(self._ready)))]
-            self.leases.grant(holder, request, taken)
-            granted = self.leases.granted(holder, request) or []
-            return self._delivery(granted, flush=self.streams.ended and not self._ready)
+            flush = self.streams.ended and not self._ready
+        elif self.drained and self.streams.end_for(reader):
+            self._note_books()
+            return self._end()
         else:
-            if self.drained and self.streams.end_for(reader):
-                self._note_books()
-                return Delivery([], True, False, dict(self.streams.failures))
-            return Delivery([], False, self.streams.ended and not holds_nothing, {})
-        self.leases.grant(holder, request, taken)
-        return self._delivery(self.leases.granted(holder, request) or [], flush=True)
+            return Delivery([], [], {}, False, self.streams.ended and not holds_nothing, {})
+        return self._delivery(self.leases.grant(holder, request, taken), flush)
 
     def get_foreign(self) -> Record | str | None:
         """Take one record for a program that knows only ``get``: a record, the end, or nothing.
@@ -466,6 +477,15 @@ class QueueState:
         if self._journal is not None:
             self._journal.books(self.streams.to_json())
 
+    def _end(self) -> Delivery:
+        return Delivery([], [], {}, True, False, dict(self.streams.failures))
+
     def _delivery(self, granted: list[tuple[int, Entry]], flush: bool) -> Delivery:
-        leases = [Lease(token, entry.record, tuple(entry.lost_by)) for token, entry in granted]
-        return Delivery(leases, False, flush, {})
+        return Delivery(
+            [token for token, _ in granted],
+            [entry.record for _, entry in granted],
+            {token: list(entry.lost_by) for token, entry in granted if entry.lost_by},
+            False,
+            flush,
+            {},
+        )

@@ -1,0 +1,153 @@
+"""Calls that wait inside the queue's process; it has one event loop, so nothing here is locked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """One that waits: how to get an answer, how much it asks for, and what it got."""
+
+    __slots__ = ("attempt", "future", "given", "wanted")
+
+    def __init__(self, attempt: Callable[[], T | None], wanted: int) -> None:
+        self.future: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
+        self.attempt = attempt
+        self.wanted = wanted
+        self.given: T | None = None
+
+    def answer(self) -> bool:
+        """Try to answer; True if this call has its answer now."""
+        if self.future.done():
+            return False  # cancelled, and about to leave the line
+        try:
+            self.given = self.attempt()
+        except Exception as error:
+            self.future.set_exception(error)
+            return True
+        if self.given is None:
+            return False
+        self.future.set_result(self.given)
+        return True
+
+
+class Line(Generic[T]):
+    """Calls that wait for an answer, in the order they came.
+
+    Whoever changes the queue answers them there and then, with `serve`, instead of waking them to
+    look for themselves. So no wake-up can be lost, for there is none between a change and its
+    answer, and a change costs as many looks as it has answers, however many wait.
+
+    Parameters
+    ----------
+    serve
+        Serves this line and whatever else its answers may concern. Called when a call has joined,
+        and when one has taken its last chance.
+    """
+
+    def __init__(self, serve: Callable[[], None]) -> None:
+        self._serve = serve
+        self._calls: dict[Hashable, _Call[T]] = {}
+
+    async def answer(
+        self,
+        key: Hashable,
+        attempt: Callable[[], T | None],
+        timeout_s: float,
+        wanted: int = 1,
+        give_back: Callable[[T], None] = lambda answer: None,
+    ) -> T | None:
+        """Wait for the answer to a call.
+
+        Parameters
+        ----------
+        key
+            Names the call. The same call made again takes the place of the one that waits, which
+            nobody listens to any more.
+        attempt
+            Returns the answer, or None while there is none. It must not serve a line.
+        timeout_s
+            It is made a last time after so long, and None is the answer if it is still None.
+        wanted
+            What `serve` shows to its ``worth``.
+        give_back
+            Takes an answer whose call was cancelled before it could be returned.
+        """
+        call = _Call(attempt, wanted)
+        if (before := self._calls.pop(key, None)) is not None and not before.future.done():
+            before.future.set_result(None)
+        self._calls[key] = call
+        self._serve()
+        if call.future.done():
+            return call.future.result()
+        alarm = asyncio.get_running_loop().call_later(timeout_s, self._last_chance, key, call)
+        try:
+            return await call.future
+        except asyncio.CancelledError:
+            if call.given is not None:
+                give_back(call.given)
+            raise
+        finally:
+            alarm.cancel()
+            self._leave(key, call)
+
+    def serve(self, worth: Callable[[int], bool]) -> bool:
+        """Answer calls in their order, for as long as it is worth a look; True if any was."""
+        served = False
+        for key, call in list(self._calls.items()):
+            if not worth(call.wanted):
+                break
+            if call.answer():
+                self._leave(key, call)
+                served = True
+        return served
+
+    def _last_chance(self, key: Hashable, call: _Call[T]) -> None:
+        self._leave(key, call)
+        if call.answer():
+            self._serve()
+        elif not call.future.done():
+            call.future.set_result(None)
+
+    def _leave(self, key: Hashable, call: _Call[T]) -> None:
+        if self._calls.get(key) is call:
+            del self._calls[key]
+
+
+class Rest:
+    """A short rest after an answer, so that what comes meanwhile goes out together.
+
+    Parameters
+    ----------
+    seconds
+        How long it is.
+    at_its_end
+        Called at the end of a rest during which somebody has asked whether it is over.
+    """
+
+    def __init__(self, seconds: float, at_its_end: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._at_its_end = at_its_end
+        self._until = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Begin a rest, or begin it again."""
+        self._until = asyncio.get_running_loop().time() + self._seconds
+
+    def is_over(self) -> bool:
+        """Whether there is no rest now."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._until:
+            return True
+        if self._alarm is None:
+            self._alarm = loop.call_at(self._until, self._ring)
+        return False
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._at_its_end()
