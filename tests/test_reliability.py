@@ -121,6 +121,7 @@ def test_a_queue_made_again_with_the_spool_goes_on_after_its_cluster(
     queue.open("p")
     queue.put("p", [event(i) for i in range(3)])
     queue.take("r", 1, 1.0)
+    wait_until(lambda: queue.statistics().acknowledged == 1)
     ray.kill(ray.get_actor(address.name, namespace=address.namespace))
     wait_until(lambda: _is_gone(address))
     with pytest.raises(QueueError, match="is in its spool.*made with that spool goes on"):
