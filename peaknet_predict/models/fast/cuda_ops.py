@@ -40,6 +40,10 @@ def _pointer(tensor: Tensor | None) -> np.uint64:
     return np.uint64(0 if tensor is None else tensor.data_ptr())
 
 
+def _pointers(*tensors: Tensor | None) -> tuple[np.uint64, ...]:
+    return tuple(_pointer(tensor) for tensor in tensors)
+
+
 def _launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -164,12 +168,7 @@ def _depthwise(
         (groups * tiles, n),
         _DEPTHWISE_THREADS,
         (
-            _pointer(x_NHWC),
-            _pointer(weight_49C),
-            _pointer(scale_C),
-            _pointer(bias_C),
-            _pointer(out),
-            _pointer(sums),
+            *_pointers(x_NHWC, weight_49C, scale_C, bias_C, out, sums),
             np.int32(height),
             np.int32(width),
         ),
@@ -190,8 +189,10 @@ def _depthwise(
 
 _EXPAND_COLUMNS = 128
 _EXPAND_MOST_CHANNELS = 384  # whose weights fit into shared memory beside the tiles
-_WIDE_COLUMNS = 256
-_WIDE_BYTES = 4 * 2 * 64 * (2 * _ROWS + _WIDE_COLUMNS) + 8 * _WIDE_COLUMNS + _ALIGNMENT
+_WIDE_COLUMNS, _WIDE_GROUPS, _WIDE_STAGES = 256, 2, 4
+_WIDE_BYTES = (
+    _WIDE_STAGES * 2 * 64 * (_WIDE_GROUPS * _ROWS + _WIDE_COLUMNS) + 8 * _WIDE_COLUMNS + _ALIGNMENT
+)
 
 
 def expand_shape(channels: int) -> tuple[int, int]:
@@ -221,23 +222,15 @@ def _expand(
     strips = -(-pixels // strip)
     hidden = x_NHWC.new_empty(n, height, width, size)
     energy = x_NHWC.new_empty(n, strips, size, dtype=torch.float32)
+    tensors = x_NHWC, moments_M2, weight_KC, column_sums_K, bias_K, hidden, energy
     if is_wide:
         _launch(
             _hopper_kernel(
                 "expand_wide", (f"CHANNELS={channels}",), _WIDE_BYTES, _device_index(x_NHWC)
             ),
             (size // _WIDE_COLUMNS * strips * n,),
-            2 * _GROUP,
-            (
-                _pointer(x_NHWC),
-                _pointer(moments_M2),
-                _pointer(weight_KC),
-                _pointer(column_sums_K),
-                _pointer(bias_K),
-                _pointer(hidden),
-                _pointer(energy),
-                np.int32(size),
-            ),
+            _GROUP * _WIDE_GROUPS,
+            (*_pointers(*tensors), np.int32(size)),
             x_NHWC,
             _WIDE_BYTES,
         )
@@ -256,13 +249,7 @@ def _expand(
         (size // _EXPAND_COLUMNS, strips, n),
         _GROUP * groups,
         (
-            _pointer(x_NHWC),
-            _pointer(moments_M2),
-            _pointer(weight_KC),
-            _pointer(column_sums_K),
-            _pointer(bias_K),
-            _pointer(hidden),
-            _pointer(energy),
+            *_pointers(*tensors),
             np.int32(pixels),
             np.int32(size),
             np.int32(strip),
@@ -305,14 +292,14 @@ def _contract(
     hidden_NHWK: Tensor, scale_NK: Tensor, weight_CK: Tensor, bias_C: Tensor, residual_NHWC: Tensor
 ) -> Tensor:
     n, height, width, channels = residual_NHWC.shape
-    is_resident = channels == _RESIDENT_CHANNELS
     shape = contract_shape(channels)
-    misfit = height * width % _ROWS or (shape is None and not is_resident)
+    misfit = height * width % _ROWS or (shape is None and channels != _RESIDENT_CHANNELS)
     if misfit or not _is_hopper(hidden_NHWK):
         return triton_ops.contract(hidden_NHWK, scale_NK, weight_CK, bias_C, residual_NHWC)
     out = torch.empty_like(residual_NHWC)
     rows = n * height * width
-    if is_resident:
+    tensors = hidden_NHWK, scale_NK, weight_CK, bias_C, residual_NHWC, out
+    if shape is None:
         tiles = rows // _ROWS
         share = -(-tiles // (_RESIDENT_GROUPS * _multiprocessors(hidden_NHWK)))
         _launch(
@@ -320,12 +307,7 @@ def _contract(
             (-(-tiles // (_RESIDENT_GROUPS * share)),),
             _GROUP * _RESIDENT_GROUPS,
             (
-                _pointer(hidden_NHWK),
-                _pointer(scale_NK),
-                _pointer(weight_CK),
-                _pointer(bias_C),
-                _pointer(residual_NHWC),
-                _pointer(out),
+                *_pointers(*tensors),
                 np.int64(rows),
                 np.int32(height * width),
                 np.int32(share),
@@ -334,7 +316,6 @@ def _contract(
             _RESIDENT_BYTES,
         )
         return out
-    assert shape is not None
     columns, groups, stages = shape
     shared_bytes = _contract_bytes(channels, columns, groups, stages)
     defines = (
@@ -348,12 +329,7 @@ def _contract(
         (channels // columns * -(-rows // (groups * _ROWS)),),
         _GROUP * groups,
         (
-            _pointer(hidden_NHWK),
-            _pointer(scale_NK),
-            _pointer(weight_CK),
-            _pointer(bias_C),
-            _pointer(residual_NHWC),
-            _pointer(out),
+            *_pointers(*tensors),
             np.int64(rows),
             np.int32(height * width),
         ),
@@ -397,13 +373,7 @@ def _node(
         (_multiprocessors(same_NHWC),),
         _GROUP * _NODE_GROUPS,
         (
-            _pointer(same_NHWC),
-            _pointer(middle_NHWC),
-            _pointer(other_NHWC),
-            _pointer(weight_CC),
-            _pointer(scale_C),
-            _pointer(shift_C),
-            _pointer(out),
+            *_pointers(same_NHWC, middle_NHWC, other_NHWC, weight_CC, scale_C, shift_C, out),
             *(np.float32(factor) for factor in fusion),
             np.int32(n),
             np.int32(height),
@@ -461,14 +431,7 @@ def _base_node(
         (_multiprocessors(x_NHWC),),
         _GROUP * _NODE_GROUPS,
         (
-            _pointer(x_NHWC),
-            _pointer(coarse_NHWF),
-            _pointer(inner_FC),
-            _pointer(outer_FC),
-            _pointer(scale_F),
-            _pointer(shift_F),
-            _pointer(added_F),
-            _pointer(out),
+            *_pointers(x_NHWC, coarse_NHWF, inner_FC, outer_FC, scale_F, shift_F, added_F, out),
             np.int32(n),
             np.int32(height),
             np.int32(width),
