@@ -199,15 +199,26 @@ def paint(
     number_M = torch.arange(len(y_M), device=y_M.device)
     disc_MKK = tried_MFKK[number_M, best_M]
 
-    row_MK1 = (middle_y.long()[:, None] + offset_K)[:, :, None]
-    column_M1K = (middle_x.long()[:, None] + offset_K)[:, None, :]
-    inside = (row_MK1 >= 0) & (row_MK1 < H) & (column_M1K >= 0) & (column_M1K < W)
-    # One more pixel at the end takes what lies outside.
-    pixel_MKK = (image_M[:, None, None] * H + row_MK1) * W + column_M1K
-    pixel_MKK = torch.where(inside & disc_MKK, pixel_MKK, N * H * W)
+    pixel_MKK = window_pixels(image_M, y_M, x_M, offset_K, (N, H, W))
+    pixel_MKK = torch.where(disc_MKK, pixel_MKK, N * H * W)
     flat = torch.cat([labels_NHW.flatten(), labels_NHW.new_zeros(1)])
     flat.index_fill_(0, pixel_MKK.flatten(), value)
     return flat[:-1].view(N, H, W)
+
+
+def window_pixels(
+    image_M: Tensor, y_M: Tensor, x_M: Tensor, offset_K: Tensor, shape_NHW: tuple[int, int, int]
+) -> Tensor:
+    """Return the flat indices of the pixels of a window around each point, (M, K, K) int64.
+
+    What lies outside of its image has the index behind the last pixel.
+    """
+    N, H, W = shape_NHW
+    row_MK1 = (y_M.round().long()[:, None] + offset_K)[:, :, None]
+    column_M1K = (x_M.round().long()[:, None] + offset_K)[:, None, :]
+    inside = (row_MK1 >= 0) & (row_MK1 < H) & (column_M1K >= 0) & (column_M1K < W)
+    pixel_MKK = (image_M[:, None, None] * H + row_MK1) * W + column_M1K
+    return torch.where(inside, pixel_MKK, N * H * W)
 
 
 class _Neighbours:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from peaknet_predict.training.backgrounds import Background
 from peaknet_predict.training.electronics import Readout
-from peaknet_predict.training.labels import IGNORED, PEAK, Merged, disc_radius, paint
+from peaknet_predict.training.labels import (
+    IGNORED,
+    PEAK,
+    Merged,
+    disc_radius,
+    paint,
+    window_pixels,
+)
 from peaknet_predict.training.spots import pixel_share
 from peaknet_predict.training.tiles import Tiling
 
@@ -74,6 +81,17 @@ class Scene:
     readout: Readout
     planted_BPHW: Tensor
 
+    @property
+    def area_BPHW(self) -> Tensor:
+        """Area of each pixel, in usual pixels."""
+        return self.tiling.area_BPH1 * self.tiling.area_BP1W
+
+    @property
+    def noise2_BPHW(self) -> Tensor:
+        """Variance of each pixel without spots, square photons."""
+        expected = self.background.photons_BPHW * self.area_BPHW
+        return expected + self.readout.sigma_BPHW.square()
+
 
 def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     """Decide which spots are peaks.
@@ -84,12 +102,12 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
         (M,) bool: to be found; neither to be found nor wrong. The others are background.
     """
     readout, tiling, background = scene.readout, scene.tiling, scene.background
-    area = tiling.area_BPH1 * tiling.area_BP1W
+    area = scene.area_BPHW
     expected = background.photons_BPHW * area
     # Grains of rings hide spots like noise does, and so do crests and edges: whoever looks does not
     # know the background but from the pixels around. A slope differs from their mean by nothing.
     around = F.avg_pool2d(expected, 7, stride=1, padding=3, count_include_pad=False)
-    variance = expected + readout.sigma_BPHW.square() + (background.grain_BPHW * area).square()
+    variance = scene.noise2_BPHW + (background.grain_BPHW * area).square()
     variance = variance + (_STRUCTURE * (expected - around)).square()
     images = [
         readout.excess_BPHW - expected,
@@ -134,9 +152,7 @@ def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, scene: Scene) -> Ten
     """
     B, P, H, W = scene.planted_BPHW.shape
     radius = disc_radius(spots.sigma_M)
-    area = scene.tiling.area_BPH1 * scene.tiling.area_BP1W
-    variance = scene.background.photons_BPHW * area + scene.readout.sigma_BPHW.square()
-    visible = (scene.planted_BPHW * area).square() > variance + EMPTY_VARIANCE
+    visible = (scene.planted_BPHW * scene.area_BPHW).square() > scene.noise2_BPHW + EMPTY_VARIANCE
     visible = visible & _around(spots, ignored_M, B * P, H, W).view(B, P, H, W)
     full = scene.readout.saturated_BPHW & (scene.planted_BPHW > scene.background.photons_BPHW)
     labels = ((full | visible) * IGNORED).to(torch.uint8).flatten(0, 1)
@@ -160,13 +176,13 @@ def local_snr(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     """
     tiling = scene.tiling
     H, W = tiling.gap_BPHW.shape[2:]
-    area = tiling.area_BPH1 * tiling.area_BP1W
-    variance = scene.background.photons_BPHW * area + scene.readout.sigma_BPHW.square()
-    heights = F.max_pool2d((scene.planted_BPHW * area).flatten(0, 1), 3, stride=1, padding=1)
+    heights = F.max_pool2d(
+        (scene.planted_BPHW * scene.area_BPHW).flatten(0, 1), 3, stride=1, padding=1
+    )
     y, x = spots.y_M.round().long(), spots.x_M.round().long()
     inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
     pixel = spots.image_M, y.clamp(0, H - 1), x.clamp(0, W - 1)
-    noise = variance.flatten(0, 1)[pixel].clamp(min=LEAST_VARIANCE).sqrt()
+    noise = scene.noise2_BPHW.flatten(0, 1)[pixel].clamp(min=LEAST_VARIANCE).sqrt()
     real = (tiling.on_panel_BPHW & ~tiling.gap_BPHW).flatten(0, 1)
     return heights[pixel] / noise, inside & real[pixel]
 
@@ -175,13 +191,11 @@ def _around(spots: Merged, chosen_M: Tensor, N: int, H: int, W: int) -> Tensor:
     """Return the pixels near chosen spots, (N, H, W) bool."""
     index = torch.nonzero(chosen_M).squeeze(1)
     offset_K = torch.arange(-_VISIBLE_REACH, _VISIBLE_REACH + 1, device=index.device)
-    row = (spots.y_M[index].round().long()[:, None] + offset_K)[:, :, None]
-    column = (spots.x_M[index].round().long()[:, None] + offset_K)[:, None, :]
-    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    pixel = (spots.image_M[index][:, None, None] * H + row) * W + column
-    # One more pixel at the end takes what lies outside.
+    pixel_MKK = window_pixels(
+        spots.image_M[index], spots.y_M[index], spots.x_M[index], offset_K, (N, H, W)
+    )
     near = torch.zeros(N * H * W + 1, dtype=torch.bool, device=index.device)
-    near[torch.where(inside, pixel, N * H * W).flatten()] = True
+    near[pixel_MKK.flatten()] = True
     return near[:-1].view(N, H, W)
 
 
