@@ -146,9 +146,8 @@ def push(
     failure: str | None = "the producer ended early"
     with stop_requests(grace_s) as stop:
         try:
-            for chunk in _chunks(
-                _identified(source, stream, rank, num_events, loop, first), rate_hz
-            ):
+            events = _identified(source, stream, rank, num_events, loop, first)
+            while chunk := list(itertools.islice(events, events_due(started, fed, rate_hz))):
                 read += len(chunk)
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
@@ -202,8 +201,22 @@ def _identified(
         yield Event(EventId(stream, rank, idx), image, photon_energy)
 
 
-def _chunks(events: Iterator[Event], rate_hz: float | None) -> Iterator[list[Event]]:
-    """Group events for transport; at a given rate each travels alone, at its own time."""
-    size = _EVENTS_PER_PUT if rate_hz is None else 1
-    while chunk := list(itertools.islice(events, size)):
-        yield chunk
+def events_due(started: float, fed: int, rate_hz: float | None) -> int:
+    """Return how many events the next put takes, at least one.
+
+    At a given rate each event travels alone, at its own time; those that are late travel together,
+    so that a producer that has been held up catches up.
+
+    Parameters
+    ----------
+    started
+        When event 0 was due, on the monotonic clock in seconds.
+    fed
+        How many have been put.
+    rate_hz
+        Events per second; None for as many as there are.
+    """
+    if rate_hz is None:
+        return _EVENTS_PER_PUT
+    late = int((time.monotonic() - started) * rate_hz) + 1 - fed
+    return min(_EVENTS_PER_PUT, max(1, late))

@@ -161,6 +161,26 @@ def test_while_the_caller_is_busy_a_late_batch_goes_on_filling(address: QueueAdd
     assert len(sizes) <= 6
 
 
+def test_a_producer_whose_puts_are_slow_keeps_its_rate(
+    address: QueueAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = connect_queue(address, "events")
+    put, sizes = queue.put, []
+
+    def slow_put(producer: str, records: Any, stop: Any = None) -> int:
+        time.sleep(0.02)
+        sizes.append(len(records))
+        return put(producer, records, stop)
+
+    monkeypatch.setattr(queue, "put", slow_put)
+    simulator = Simulator(num_events=120, panels=1, height=4, width=4)
+    report = push(simulator, queue, rate_hz=150.0)
+    assert report.events == 120
+    assert sizes[0] == 1, "what is not late travels alone"
+    # One by one it would take 120 times 20 ms and more; at its rate it is 0.8 s.
+    assert report.seconds < 1.6
+
+
 def test_what_goes_wrong_while_reading_reaches_the_caller(address: QueueAddress) -> None:
     import ray
 
