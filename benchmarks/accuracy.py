@@ -238,8 +238,8 @@ def checks(
     ask(f"recall at 3 to 5 sigma above {against} ({limit:.3f})", middle, middle > limit)
     limit = other.false_per_blank_panel.value
     ask(f"false peaks a blank panel not above {against} ({limit:.3f})", false, false <= limit)
-    limit = other.error_px(0.5)
-    ask(f"centroid error not above {against} ({limit:.3f})", error, error <= limit)
+    error, limit = its.errors_beside(other)
+    ask(f"centroid error not above {against} ({limit:.3f} where both found)", error, error <= limit)
     return result
 
 

@@ -111,7 +111,7 @@ class Score:
     missed_crowded
         Planted peaks of at least `STRONG` that were missed and have a stronger one near by.
     errors_px
-        Distances between matched strong planted peaks and their found ones, pixels.
+        Distance of each strong planted peak from its found one, pixels; NaN where it was missed.
     blank_peaks, blank_panels
         Found peaks of each blank, all false, and its panels.
     chance
@@ -171,7 +171,7 @@ class Score:
         self.true.append(int(matched_M.sum()))
         missed_M = strong_M & ~matched_M
         self.missed_crowded += int((missed_M & crowded(planted_M3, snr_M)).sum())
-        self.errors_px += distance_M[strong_M & matched_M].tolist()
+        self.errors_px += np.where(matched_M, distance_M, np.nan)[strong_M].tolist()
         self.chance.append(len(planted_M3) * np.pi * RADIUS_PX**2 / num_pixels)
 
     def add_blank(self, found_F3: Peaks, panels: int, ignored_PHW: Mask | None = None) -> None:
@@ -205,4 +205,19 @@ class Score:
 
     def error_px(self, quantile: float) -> float:
         """Return a quantile of the strong peaks' centroid errors, pixels; NaN without any."""
-        return float(np.quantile(self.errors_px, quantile)) if self.errors_px else float("nan")
+        return _quantile(np.array(self.errors_px), quantile)
+
+    def errors_beside(self, other: Score) -> tuple[float, float]:
+        """Return two finders' median centroid errors in the strong peaks that both found, pixels.
+
+        Who finds more finds fainter ones, whose places are less certain. ``other`` is of the same
+        data set.
+        """
+        ours, theirs = np.array(self.errors_px), np.array(other.errors_px)
+        both = np.isfinite(ours) & np.isfinite(theirs)
+        return _quantile(ours[both], 0.5), _quantile(theirs[both], 0.5)
+
+
+def _quantile(values: Floats, quantile: float) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.quantile(known, quantile)) if len(known) else float("nan")

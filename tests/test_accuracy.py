@@ -91,6 +91,15 @@ def test_a_found_peak_leaves_with_the_ignored_one_that_it_belongs_to() -> None:
     assert (score.true, score.listed, score.recall(5.0).whole) == ([0], [0], 0)
 
 
+def test_places_are_compared_where_both_finders_found_the_peak() -> None:
+    planted, snr = [[0, 10, 10], [0, 30, 30], [0, 50, 50]], [20.0, 8.0, 5.0]
+    finds_all = counted(planted, snr, [[0, 10, 10.1], [0, 30, 30.2], [0, 50, 51.5]])
+    misses_the_faint = counted(planted, snr, [[0, 10, 10.3], [0, 30, 30.4]])
+    assert finds_all.errors_beside(misses_the_faint) == pytest.approx((0.15, 0.35))
+    assert finds_all.error_px(1.0) == pytest.approx(1.5)
+    assert misses_the_faint.error_px(1.0) == pytest.approx(0.4)
+
+
 def test_the_ideal_finder_finds_more_than_local_snr_and_no_more_false_ones() -> None:
     settings = {"default": {**SETTINGS["default"], "panels": 2, "height": 256, "width": 256}}
     with pytest.MonkeyPatch.context() as patch:
