@@ -111,9 +111,25 @@ def test_depthwise(channels: int, height: int, width: int, panels: int) -> None:
     # As the network prepares it: float16, absolute weights that add up to 1 at most.
     scale_C = kernel_49C.abs().sum(0).log2().ceil().exp2()
     kernel_49C = (kernel_49C / scale_C).half()
-    # Its float32 results are of sums in float16.
+    # Its float32 results are of the rounded output.
     arguments = x_NHWC, kernel_49C, scale_C / 7, vector(channels)
     compare(ops.depthwise, *arguments, float32_error=3e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(13, 17), (40, 40)])
+def test_depthwise_takes_what_float16_cannot_hold_for_the_largest_that_it_can(
+    height: int, width: int
+) -> None:
+    x_NHWC = torch.zeros(1, height, width, 8, dtype=torch.bfloat16, device=DEVICE)
+    x_NHWC[0, 6, 6, :3] = torch.tensor([1e9, -torch.inf, torch.nan])
+    kernel_49C = torch.full((49, 8), 1 / 64, dtype=torch.float16, device=DEVICE)
+    ones_C = torch.ones(8, device=DEVICE)
+    convolved_NHWC, _ = ops.depthwise(x_NHWC, kernel_49C, ones_C, 0 * ones_C)
+    large, small, unknown = convolved_NHWC[0, ..., :3].float().unbind(-1)
+    assert large.max() == -small.min() == torch.tensor(65504 / 64).bfloat16().float()
+    assert int((large > 0).sum()) == int((small < 0).sum()) == 49
+    assert bool(unknown[3:10, 3:10].isnan().all())
+    assert not convolved_NHWC[..., 3:].any()
 
 
 @pytest.mark.parametrize("panels", PANELS)

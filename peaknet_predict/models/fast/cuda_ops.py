@@ -118,29 +118,37 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
 
 # --- depthwise ---
 
-_DEPTHWISE_THREADS = 128
-_DEPTHWISE_ROWS = 16
+_DEPTHWISE_THREADS = 256
 _DEPTHWISE_CHANNELS = 32
-_BORDER = 3
+_TAPS_WORDS = _DEPTHWISE_CHANNELS * 7 * 9
+# Sides of a tile in pixels, and what a pixel costs: a small tile reads more of its border twice.
+_DEPTHWISE_COSTS = {16: 1.4, 32: 1.0}
 
 
 @functools.cache
 def _depthwise_kernels(channels: int, device_index: int) -> dict[str, Any]:
-    with cupy.cuda.Device(device_index):
+    """Compile `depthwise.cu`; without the large tile where a block has too little shared memory."""
+    device = cupy.cuda.Device(device_index)
+    most_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"]
+    with device:
         module = cupy.RawModule(
             code=_read("depthwise.cu"), options=("-std=c++17", f"-DCHANNELS={channels}")
         )
         kernels = {"moments": module.get_function("peaknet_moments")}
-        for columns in (16, 32):
-            kernel = module.get_function(f"peaknet_depthwise_{columns}")
-            kernel.max_dynamic_shared_size_bytes = _depthwise_bytes(columns)
-            kernels[f"depthwise_{columns}"] = kernel
+        for side in _DEPTHWISE_COSTS:
+            if _depthwise_bytes(side) <= most_bytes:
+                kernel = module.get_function(f"peaknet_depthwise_{side}")
+                kernel.max_dynamic_shared_size_bytes = _depthwise_bytes(side)
+                kernels[f"depthwise_{side}"] = kernel
     return kernels
 
 
-def _depthwise_bytes(columns: int) -> int:
-    pixels = (_DEPTHWISE_ROWS + 2 * _BORDER) * (columns + 2 * _BORDER)
-    return pixels * _DEPTHWISE_CHANNELS * 2
+def _depthwise_bytes(side: int) -> int:
+    """Return the shared memory of a block: `Tile::kWords` in `depthwise.cu`, and the taps."""
+    rows, pitch = side + 6, (side + 8) // 2
+    gaps = 16 * (rows // 8) if side == 32 else 0
+    plane = (rows * pitch + gaps + 3) // 8 * 8 + 4
+    return 4 * (_DEPTHWISE_CHANNELS // 8 * (8 * plane + 8) + _TAPS_WORDS)
 
 
 @ops.depthwise.register_kernel("cuda")
@@ -159,13 +167,15 @@ def _depthwise(
     out = torch.empty_like(x_NHWC)
     sums = x_NHWC.new_empty(groups, 2, pixels, dtype=torch.float32)
     moments = x_NHWC.new_empty(pixels, 2, dtype=torch.float32)
-    # The wide tile reads less of its border twice; the narrow one wastes less of a narrow panel.
-    columns = 32 if -(-width // 16) % 2 == 0 else 16
-    tiles = -(-height // _DEPTHWISE_ROWS) * -(-width // columns)
     kernels = _depthwise_kernels(channels, _device_index(x_NHWC))
+    tiles = {side: -(-height // side) * -(-width // side) for side in _DEPTHWISE_COSTS}
+    side = min(
+        (side for side in tiles if f"depthwise_{side}" in kernels),
+        key=lambda side: tiles[side] * side**2 * _DEPTHWISE_COSTS[side],
+    )
     _launch(
-        kernels[f"depthwise_{columns}"],
-        (groups * tiles, n),
+        kernels[f"depthwise_{side}"],
+        (groups * tiles[side], n),
         _DEPTHWISE_THREADS,
         (
             *_pointers(x_NHWC, weight_49C, scale_C, bias_C, out, sums),
@@ -173,7 +183,7 @@ def _depthwise(
             np.int32(width),
         ),
         x_NHWC,
-        _depthwise_bytes(columns),
+        _depthwise_bytes(side),
     )
     _launch(
         kernels["moments"],

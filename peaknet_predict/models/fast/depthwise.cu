@@ -1,215 +1,319 @@
 // The depthwise 7x7 convolution of a ConvNeXt block on bfloat16 features with channels last, and the
 // sums that the normalisation after it needs.
 //
-// A block of threads computes a tile of pixels for 32 channels. Its input, with a border of three
-// pixels, lies in shared memory; a thread keeps the 49 weights of two channels in registers and
-// computes 4x4 pixels at a time, so that a value read serves up to 28 products. Instructions are what
-// bounds this kernel, not memory, so both channels are multiplied by one: in float16, which keeps
-// eight times as much of a product as bfloat16 does. Nothing overflows, because the absolute weights
-// of a channel add up to no more than 1; they are scaled back in float32.
+// The tensor cores compute it. Of one channel, eight pixels side by side depend on 14 in each of
+// seven rows: for each row of taps they are a product of 16 pixels with a 16x8 matrix that has the
+// taps along its diagonal. 16 such spans of eight pixels are the rows of one instruction, and what
+// has been read of a row of pixels serves the seven rows of output that depend on it. More than half
+// of the products are with zeros, and it is still several times faster than multiplying each tap by
+// itself.
+//
+// A block of threads computes a tile of pixels for 32 channels. Its input, with a border, lies in
+// shared memory in one plane for each channel: a word holds two pixels side by side. A warp takes
+// the channels of its planes, and leaves its output in the same place. Pixels are then stored with
+// their channels side by side again.
+//
+// The factors are float16, which keeps eight times as much of a weight as bfloat16 does. Nothing
+// overflows, because sums are float32; the weights of a channel are scaled back there.
 //
 // CHANNELS, a multiple of 8, is defined by whoever compiles this: most addresses are then constants.
 
 #include "bfloat16.cuh"
 
 constexpr int kTaps = 7, kBorder = 3;
-constexpr int kFlushAfter = 3;                // the tap whose row ends the first sum in float16
-constexpr int kPatch = 4;                     // rows and columns that a thread computes at a time
-constexpr int kInput = kPatch + kTaps - 1;    // rows and columns that these depend on
-constexpr int kPairs = 16;                    // lanes across the channels, two each
-constexpr int kChannels = 2 * kPairs;
-constexpr int kThreads = 128;
-constexpr int kPatches = kThreads / kPairs;   // computed at a time by the block
-constexpr int kTileRows = 16;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kChannels = 32;
+constexpr int kWarpChannels = kChannels / kWarps;
+constexpr int kSpan = 8;    // pixels side by side that a row of an instruction computes
+constexpr int kSpans = 16;  // rows of an instruction
+constexpr int kMargin = 4;  // columns before a tile that lie in its planes: the border, and an even number
 constexpr int kAllChannels = CHANNELS;
 constexpr int kChannelGroups = (kAllChannels + kChannels - 1) / kChannels;
 
-// Values beyond what float16 can hold become the largest that it can; NaN stays.
-__device__ __forceinline__ u32 to_float16(u32 bfloat16_pair) {
-  constexpr u32 kMost = 0x7bff7bffu, kLeast = 0xfbfffbffu;
+// Seven taps of a row in pairs, from the first on, then from the place before the first on, then zeros.
+constexpr int kPairs = 9, kNoTaps = 8;
+
+// kAcross spans side by side, and strips of kStripRows rows one below the other.
+template <int kAcross, int kRowsOfStrip>
+struct Tile {
+  static constexpr int kStripRows = kRowsOfStrip, kStrips = kSpans / kAcross;
+  static constexpr int kColumns = kSpan * kAcross, kRows = kStripRows * kStrips;
+  static constexpr int kInputRows = kRows + kTaps - 1;
+  static constexpr int kPitch = (kColumns + 2 * kMargin) / 2;  // words
+  // Strips are so far apart that their spans in one instruction lie in different banks.
+  static constexpr int kApart = 4 * kAcross, kOver = kStripRows * kPitch % 32;
+  static constexpr int kStripGap = kOver == 32 - kApart ? 0 : (32 + kApart - kOver) % 32;
+  static constexpr int kStrip = kStripRows * kPitch + kStripGap;
+  // So are planes, where one access goes to eight of them, and to four times eight.
+  static constexpr int kPlane = (kInputRows * kPitch + kInputRows / kStripRows * kStripGap + 3) / 8 * 8 + 4;
+  static constexpr int kPart = 8 * kPlane + 8;
+  static constexpr int kWords = kChannels / 8 * kPart;
+  static_assert(kPitch % 4 == 0 && kStripGap % 4 == 0, "planes are read in 16 bytes");
+
+  static __device__ __forceinline__ int plane(int channel) {
+    return channel / 8 * kPart + channel % 8 * kPlane;
+  }
+  static __device__ __forceinline__ constexpr int row(int row) {
+    return row * kPitch + row / kStripRows * kStripGap;
+  }
+};
+
+// Two float16 from floats. Values beyond what it can hold become the largest that it can; NaN stays.
+__device__ __forceinline__ u32 to_float16(float low, float high) {
   u32 pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-      : "=r"(pair)
-      : "f"(high(bfloat16_pair)), "f"(low(bfloat16_pair)));
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kMost));
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kLeast));
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
-__device__ __forceinline__ float2 to_floats(u32 float16_pair) {
-  float2 values;
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-      : "=f"(values.x), "=f"(values.y)
-      : "r"(float16_pair));
-  return values;
-}
-
-__device__ __forceinline__ void multiply_add(u32& sum, u32 a, u32 b) {
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
-}
-
-// Where a pixel of a row lies. The two halves of a warp work on patches four columns apart; swapping
-// neighbours in every other four columns lets them read different banks.
-__device__ __forceinline__ int place(int column) { return column ^ ((column >> 2) & 1); }
-
-// Adds up each of 32 values over the 16 lanes of half a warp. Lane l is left with the sums of values
-// 16 * (l >> 3) + 2 * (l & 7) and the next.
-template <int kKept = 16>
-__device__ __forceinline__ void sum_over_lanes(float (&value)[32]) {
-  constexpr int kStep = kKept / 2;
-  const bool upper = threadIdx.x & kStep;
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    const float given = upper ? value[i] : value[i + kKept];
-    const float own = upper ? value[i + kKept] : value[i];
-    value[i] = own + __shfl_xor_sync(0xffffffffu, given, kStep);
+// a · b + sum: 16x8 = 16x16 · 16x8. With q = lane % 4 and g = lane / 4, `a` holds columns 2q and 2q + 1
+// of row g and of row g + 8, then columns 2q + 8 and 2q + 9 of both; `b` rows 2q and 2q + 1, then 2q + 8
+// and 2q + 9, of column g; `sum` columns 2q and 2q + 1 of row g, then of row g + 8.
+#define MULTIPLY(name, type)                                                                      \
+  __device__ __forceinline__ float4 name(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,          \
+                                         float4 sum) {                                            \
+    float4 d;                                                                                     \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "          \
+        "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                       \
+        : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)                                              \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(sum.x), "f"(sum.y),           \
+          "f"(sum.z), "f"(sum.w));                                                                \
+    return d;                                                                                     \
   }
-  if constexpr (kStep > 1) sum_over_lanes<kStep>(value);
+MULTIPLY(multiply_float16, "f16")
+MULTIPLY(multiply_bfloat16, "bf16")
+
+// Four 8x8 matrices of 16 bits, transposed: lane l gives where row l % 8 of matrix l / 8 lies, and gets
+// rows 2q and 2q + 1 of column g of each.
+__device__ __forceinline__ void load_transposed(u32 (&value)[4], const u32* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value[0]), "=r"(value[1]), "=r"(value[2]), "=r"(value[3])
+               : "r"((u32)__cvta_generic_to_shared(row))
+               : "memory");
+}
+
+// Where in the table of a row of taps the pair is that begins with tap `first`.
+__device__ __forceinline__ int pair_index(int first) {
+  if (first < -1 || first >= kTaps) return kNoTaps;
+  return first % 2 == 0 ? first / 2 : 4 + (first + 1) / 2;
+}
+
+// The taps of 32 channels in pairs: table[kChannels][kTaps][kPairs].
+__device__ __forceinline__ void prepare_taps(const u16* weight, u32* table, int first_channel) {
+  const int channel = threadIdx.x % kChannels, row = threadIdx.x / kChannels;
+  if (row >= kTaps) return;
+  const bool is_channel = first_channel + channel < kAllChannels;
+  const u16* const from = weight + row * kTaps * kAllChannels + first_channel + channel;
+  u32 tap[kTaps + 2];
+  tap[0] = tap[kTaps + 1] = 0;
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i) tap[i + 1] = is_channel ? from[i * kAllChannels] : 0;
+  u32* const to = table + (channel * kTaps + row) * kPairs;
+#pragma unroll
+  for (int i = 0; i < kTaps + 1; ++i) {
+    const int first = i < 4 ? 2 * i + 1 : 2 * (i - 4);
+    to[i] = tap[first] | tap[first + 1] << 16;
+  }
+  to[kNoTaps] = 0;
+}
+
+// Brings a tile's input into its planes, two pixels and eight channels at a time. A warp takes two
+// rows: eight pairs of pixels of one, and the last four of both together.
+template <class T>
+__device__ __forceinline__ void load_tile(const u16* panel, u32* planes, int first_row,
+                                          int first_column, int first_channel, int height,
+                                          int width) {
+  constexpr int kWhole = T::kPitch / 8, kItems = 2 * kWhole + 1;
+  static_assert(T::kPitch % 8 == 4 && T::kInputRows % 2 == 0 && T::kStripRows % 2 == 0, "two rows");
+  const int part = threadIdx.x % 4, place = threadIdx.x % 32 / 4;
+  const bool is_part = first_channel + 8 * part < kAllChannels;
+  const int left_column = first_column - kMargin;
+  planes += part * T::kPart;
+#pragma unroll 1
+  for (int rows = threadIdx.x / 32 * 2; rows < T::kInputRows; rows += 2 * kWarps) {
+    const int y = first_row - kBorder + rows;
+    const u16* const from = panel + ((i64)y * width + left_column) * kAllChannels + first_channel + 8 * part;
+    uint4 left[kItems], right[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int below = k < 2 * kWhole ? k / kWhole : place / 4;
+      const int pair = k < 2 * kWhole ? k % kWhole * 8 + place : kWhole * 8 + place % 4;
+      const int x = left_column + 2 * pair;
+      const bool is_row = is_part && (u32)(y + below) < (u32)height;
+      const u16* const at = from + (below * width + 2 * pair) * kAllChannels;
+      left[k] = right[k] = make_uint4(0, 0, 0, 0);
+      if (is_row && (u32)x < (u32)width) left[k] = *(const uint4*)at;
+      if (is_row && (u32)(x + 1) < (u32)width) right[k] = *(const uint4*)(at + kAllChannels);
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int below = k < 2 * kWhole ? k / kWhole : place / 4;
+      const int pair = k < 2 * kWhole ? k % kWhole * 8 + place : kWhole * 8 + place % 4;
+      u32* const to = planes + T::row(rows) + below * T::kPitch + pair;
+      const u32 of_left[4] = {left[k].x, left[k].y, left[k].z, left[k].w};
+      const u32 of_right[4] = {right[k].x, right[k].y, right[k].z, right[k].w};
+#pragma unroll
+      for (int c = 0; c < 8; c += 2) {
+        const u32 l = of_left[c / 2], r = of_right[c / 2];
+        to[c * T::kPlane] = to_float16(low(l), low(r));
+        to[(c + 1) * T::kPlane] = to_float16(high(l), high(r));
+      }
+    }
+  }
+}
+
+// Convolves two planes and leaves the output, in bfloat16, in their first rows and columns.
+template <class T>
+__device__ __forceinline__ void convolve_planes(u32* planes, const u32* table, const float2 factor,
+                                                const float2 bias) {
+  constexpr int kAcross = T::kColumns / kSpan;
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  // Rows g and g + 8 of an instruction are spans of two strips.
+  const int span = g / kAcross * T::kStrip + g % kAcross * (kSpan / 2) + q;
+  constexpr int kLower = 8 / kAcross * T::kStrip;
+
+  // Row i of column g of the matrix of taps is tap i - g - 1: the first pixel is one before the border.
+  const int first_tap = 2 * q - g - 1;
+  const int one = pair_index(first_tap), next = pair_index(first_tap + 8);
+  u32 taps[2][kTaps][2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int row = 0; row < kTaps; ++row) {
+      taps[c][row][0] = table[(c * kTaps + row) * kPairs + one];
+      taps[c][row][1] = table[(c * kTaps + row) * kPairs + next];
+    }
+  }
+
+  float4 sum[2][T::kStripRows];
+  u32 out[2][T::kStripRows][2];
+#pragma unroll
+  for (int r = 0; r < T::kStripRows + kTaps - 1; ++r) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const u32* const at = planes + c * T::kPlane + span + T::row(r);
+      const u32 a0 = at[0], a1 = at[kLower], a2 = at[kSpan / 2], a3 = at[kLower + kSpan / 2];
+#pragma unroll
+      for (int row = 0; row < kTaps; ++row) {
+        const int to = r - row;
+        if (to < 0 || to >= T::kStripRows) continue;
+        sum[c][to] = multiply_float16(a0, a1, a2, a3, taps[c][row][0], taps[c][row][1],
+                                      row == 0 ? make_float4(0, 0, 0, 0) : sum[c][to]);
+      }
+      const int done = r - (kTaps - 1);
+      if (done < 0) continue;
+      const float f = c == 0 ? factor.x : factor.y, b = c == 0 ? bias.x : bias.y;
+      const float4 v = sum[c][done];
+      out[c][done][0] = to_pair(fmaf(v.x, f, b), fmaf(v.y, f, b));
+      out[c][done][1] = to_pair(fmaf(v.z, f, b), fmaf(v.w, f, b));
+    }
+  }
+  __syncwarp();  // no other warp reads these planes
+#pragma unroll
+  for (int i = 0; i < 2 * T::kStripRows; ++i) {
+    const int c = i / T::kStripRows, r = i % T::kStripRows;
+    u32* const to = planes + c * T::kPlane + span + T::row(r);
+    to[0] = out[c][r][0];
+    to[kLower] = out[c][r][1];
+  }
+}
+
+// Stores 16 pixels of a row, and the sums over their channels. A lane holds eight channels of two pixels.
+template <class T>
+__device__ __forceinline__ void store_pixels(const u32* planes, u16* out, float* sums, i64 pixels,
+                                             bool is_part, bool is_first, bool is_second) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  // Row i of matrix j is a channel such that a lane gets eight in their order.
+  const u32* const row = planes + lane % 8 / 2 * T::kPart + (lane / 8 * 2 + lane % 2) * T::kPlane;
+  u32 first[4], second[4];
+  load_transposed(first, row);
+  load_transposed(second, row + kSpan / 2);
+  out += (i64)g * kAllChannels + 8 * q;
+  if (is_first && is_part) *(uint4*)out = make_uint4(first[0], first[1], first[2], first[3]);
+  if (is_second && is_part) {
+    *(uint4*)(out + 8 * kAllChannels) = make_uint4(second[0], second[1], second[2], second[3]);
+  }
+  // Sums of squares are the diagonals of the products of eight pixels with themselves.
+  constexpr u32 kOnes = 0x3f803f80u;
+  float4 total = {}, of_first = {}, of_second = {};
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const u32 a0 = first[j], a1 = second[j], a2 = first[j + 1], a3 = second[j + 1];
+    total = multiply_bfloat16(a0, a1, a2, a3, kOnes, kOnes, total);
+    of_first = multiply_bfloat16(a0, a1, a2, a3, a0, a2, of_first);
+    of_second = multiply_bfloat16(a0, a1, a2, a3, a1, a3, of_second);
+  }
+  if (q != g / 2) return;  // who holds the diagonal
+  sums += g;
+  if (is_first) {
+    sums[0] = total.x;
+    sums[pixels] = g % 2 == 0 ? of_first.x : of_first.y;
+  }
+  if (is_second) {
+    sums[8] = total.z;
+    sums[pixels + 8] = g % 2 == 0 ? of_second.z : of_second.w;
+  }
 }
 
 // x, out: (N, H, W, C) bfloat16; weight: (49, C) float16; scale, bias: (C) float32; sums: (C / 32
-// rounded up, 2, N * H * W) float32. Grid: tiles times groups of channels; panels.
-template <int kTileColumns>
+// rounded up, 2, N * H * W) float32, of what is stored. Grid: tiles times groups of channels; panels.
+template <int kAcross, int kStripRows>
 __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* __restrict__ weight,
                                          const float* __restrict__ scale,
                                          const float* __restrict__ bias, u16* __restrict__ out,
                                          float* __restrict__ sums, int height, int width) {
-  constexpr int kRows = kTileRows + kTaps - 1, kColumns = kTileColumns + kTaps - 1;
-  static_assert(kColumns % 2 == 0, "place() swaps neighbours");
-  extern __shared__ __align__(16) u32 tile[];  // [kRows][kColumns][kPairs]
+  using T = Tile<kAcross, kStripRows>;
+  extern __shared__ __align__(16) u32 shared[];
+  u32* const planes = shared;
+  u32* const table = shared + T::kWords;
 
-  const int tiles_across = (width + kTileColumns - 1) / kTileColumns;
+  const int tiles_across = (width + T::kColumns - 1) / T::kColumns;
   // Groups of channels of one tile follow each other: together they read whole rows of memory.
   const int group = blockIdx.x % kChannelGroups;
-  const int tile_index = blockIdx.x / kChannelGroups;
-  const int first_row = tile_index / tiles_across * kTileRows;
-  const int first_column = tile_index % tiles_across * kTileColumns;
+  const int tile = blockIdx.x / kChannelGroups;
+  const int first_row = tile / tiles_across * T::kRows;
+  const int first_column = tile % tiles_across * T::kColumns;
   const int first_channel = group * kChannels;
-  const i64 panel = blockIdx.y;
-  const i64 panel_pixels = (i64)height * width;
-  x += panel * panel_pixels * kAllChannels;
+  const i64 panel_pixels = (i64)height * width, pixels = gridDim.y * panel_pixels;
+  const i64 before = blockIdx.y * panel_pixels;
 
-  const int pair = threadIdx.x % kPairs;
-  const int channel = first_channel + 2 * pair;
-  const bool is_channel = kAllChannels % kChannels == 0 || channel < kAllChannels;
-  u32 w[kTaps * kTaps];
-#pragma unroll
-  for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-    w[tap] = is_channel ? *(const u32*)(weight + tap * kAllChannels + channel) : 0;
-  }
-  const float2 factor = is_channel ? *(const float2*)(scale + channel) : make_float2(0, 0);
-  const float2 b = is_channel ? *(const float2*)(bias + channel) : make_float2(0, 0);
+  prepare_taps(weight, table, first_channel);
+  load_tile<T>(x + before * kAllChannels, planes, first_row, first_column, first_channel, height, width);
+  __syncthreads();
 
-  // Four threads read 32 channels of a pixel, the others the next pixels of its row.
-  const int part = threadIdx.x % 4;
-  const bool is_part = first_channel + 8 * part < kAllChannels;
+  const int warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < kRows; row += kThreads / 32) {
-    const int y = first_row + row - kBorder;
-    const u16* from = x + ((i64)y * width + first_column - kBorder) * kAllChannels + first_channel;
-    constexpr int kSteps = (kColumns + 7) / 8;
-    uint4 values[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = 8 * step + threadIdx.x % 32 / 4;
-      const int at = first_column + column - kBorder;
-      const bool inside =
-          column < kColumns && y >= 0 && y < height && at >= 0 && at < width && is_part;
-      values[step] = inside ? *(const uint4*)(from + column * kAllChannels + 8 * part)
-                            : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = 8 * step + threadIdx.x % 32 / 4;
-      if (kColumns % 8 != 0 && column >= kColumns) break;
-      const uint4 v = values[step];
-      *(uint4*)(tile + (row * kColumns + place(column)) * kPairs + 4 * part) =
-          make_uint4(to_float16(v.x), to_float16(v.y), to_float16(v.z), to_float16(v.w));
-    }
+  for (int c = warp * kWarpChannels; c < (warp + 1) * kWarpChannels; c += 2) {
+    const bool is_channel = first_channel + c < kAllChannels;
+    const float2 none = make_float2(0, 0);
+    convolve_planes<T>(planes + T::plane(c), table + c * kTaps * kPairs,
+                                   is_channel ? *(const float2*)(scale + first_channel + c) : none,
+                                   is_channel ? *(const float2*)(bias + first_channel + c) : none);
   }
   __syncthreads();
 
-  out += panel * panel_pixels * kAllChannels + channel;
-  sums += ((i64)group * 2 + (pair >> 3)) * gridDim.y * panel_pixels + panel * panel_pixels;
-  constexpr int kAcross = kTileColumns / kPatch;
-#pragma unroll 1
-  for (int patch = threadIdx.x / kPairs; patch < kAcross * (kTileRows / kPatch); patch += kPatches) {
-    const int row = patch / kAcross * kPatch, column = patch % kAcross * kPatch;
-    // The rows of taps are added up in two sums of float16, and these in float32.
-    u32 sum[kPatch][kPatch];
-    float2 first_sum[kPatch][kPatch];
-#pragma unroll
-    for (int i = 0; i < kPatch * kPatch; ++i) sum[i / kPatch][i % kPatch] = 0;
-    const u32* at = tile + (row * kColumns + column) * kPairs + pair;
-    // Whether neighbours have changed places in the first four columns; in the next four it is the
-    // other way round, see `place`.
-    const int swapped = column >> 2 & 1;
-#pragma unroll
-    for (int r = 0; r < kInput; ++r) {
-#pragma unroll
-      for (int c = 0; c < kInput; ++c) {
-        const int swap = swapped ^ (c >> 2 & 1);
-        const u32 v = at[(r * kColumns + (c ^ swap)) * kPairs];
-#pragma unroll
-        for (int o = 0; o < kPatch; ++o) {
-          const int dy = r - o;
-          if (dy < 0 || dy >= kTaps) continue;
-#pragma unroll
-          for (int q = 0; q < kPatch; ++q) {
-            const int dx = c - q;
-            if (dx < 0 || dx >= kTaps) continue;
-            multiply_add(sum[o][q], w[dy * kTaps + dx], v);
-          }
-        }
-      }
-#pragma unroll
-      for (int o = 0; o < kPatch; ++o) {
-        if (r - o != kFlushAfter) continue;
-#pragma unroll
-        for (int q = 0; q < kPatch; ++q) {
-          first_sum[o][q] = to_floats(sum[o][q]);
-          sum[o][q] = 0;
-        }
-      }
-    }
-
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  sums += group * 2 * pixels;
+  constexpr int kPieces = T::kColumns / 16;
+#pragma unroll 2
+  for (int piece = warp; piece < T::kRows * kPieces; piece += kWarps) {
+    const int row = piece / kPieces, column = piece % kPieces * 16;
     const int y = first_row + row, left = first_column + column;
-    const bool is_whole = y + kPatch <= height && left + kPatch <= width;
-    float total[2 * kPatch * kPatch];
-#pragma unroll
-    for (int o = 0; o < kPatch; ++o) {
-      u16* const to = out + ((i64)(y + o) * width + left) * kAllChannels;
-#pragma unroll
-      for (int q = 0; q < kPatch; ++q) {
-        const float2 rest = to_floats(sum[o][q]), most = first_sum[o][q];
-        const float2 v = make_float2(fmaf(most.x + rest.x, factor.x, b.x),
-                                     fmaf(most.y + rest.y, factor.y, b.y));
-        total[o * kPatch + q] = v.x + v.y;
-        total[kPatch * kPatch + o * kPatch + q] = v.x * v.x + v.y * v.y;
-        if ((is_whole || (y + o < height && left + q < width)) && is_channel) {
-          *(u32*)(to + q * kAllChannels) = to_pair(v.x, v.y);
-        }
-      }
-    }
-    // Lanes beyond the last channel have no weights and add nothing.
-    sum_over_lanes(total);
-    const int index = 2 * (pair & 7);
-    const int sums_row = y + index / kPatch, sums_column = left + index % kPatch;
-    float* const to = sums + (i64)sums_row * width + sums_column;
-    if (sums_row < height && sums_column < width) to[0] = total[0];
-    if (sums_row < height && sums_column + 1 < width) to[1] = total[1];
+    const i64 pixel = before + (i64)y * width + left;
+    store_pixels<T>(planes + T::row(row) + column / 2, out + pixel * kAllChannels + first_channel,
+                    sums + pixel, pixels, first_channel + 8 * q < kAllChannels,
+                    y < height && left + g < width, y < height && left + 8 + g < width);
   }
 }
 
-#define DEPTHWISE(columns)                                                                       \
-  extern "C" __global__ void __launch_bounds__(kThreads, 4) peaknet_depthwise_##columns(         \
-      const u16* x, const u16* weight, const float* scale, const float* bias, u16* out,          \
-      float* sums, int height, int width) {                                                      \
-    convolve<columns>(x, weight, scale, bias, out, sums, height, width);                         \
+#define DEPTHWISE(name, across, strip_rows)                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) peaknet_depthwise_##name(             \
+      const u16* x, const u16* weight, const float* scale, const float* bias, u16* out,           \
+      float* sums, int height, int width) {                                                       \
+    convolve<across, strip_rows>(x, weight, scale, bias, out, sums, height, width);               \
   }
 
-DEPTHWISE(16)
-DEPTHWISE(32)
+DEPTHWISE(16, 2, 2)
+DEPTHWISE(32, 4, 8)
 
 // sums: (groups, 2, pixels) as above; moments: (pixels) of 1 / std and -mean / std over the channels.
 extern "C" __global__ void __launch_bounds__(256)
