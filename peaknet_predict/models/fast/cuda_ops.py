@@ -120,35 +120,31 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
 
 _DEPTHWISE_THREADS = 256
 _DEPTHWISE_CHANNELS = 32
-_TAPS_WORDS = _DEPTHWISE_CHANNELS * 7 * 9
-# Sides of a tile in pixels, and what a pixel costs: a small tile reads more of its border twice.
-_DEPTHWISE_COSTS = {16: 1.4, 32: 1.0}
+_DEPTHWISE_ROWS = 16
+# Columns of a tile, and what a pixel costs: a narrow tile reads more of its border twice.
+_DEPTHWISE_COSTS = {16: 1.25, 32: 1.0}
 
 
 @functools.cache
 def _depthwise_kernels(channels: int, device_index: int) -> dict[str, Any]:
-    """Compile `depthwise.cu`; without the large tile where a block has too little shared memory."""
-    device = cupy.cuda.Device(device_index)
-    most_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"]
-    with device:
+    with cupy.cuda.Device(device_index):
         module = cupy.RawModule(
             code=_read("depthwise.cu"), options=("-std=c++17", f"-DCHANNELS={channels}")
         )
         kernels = {"moments": module.get_function("peaknet_moments")}
-        for side in _DEPTHWISE_COSTS:
-            if _depthwise_bytes(side) <= most_bytes:
-                kernel = module.get_function(f"peaknet_depthwise_{side}")
-                kernel.max_dynamic_shared_size_bytes = _depthwise_bytes(side)
-                kernels[f"depthwise_{side}"] = kernel
+        for columns in _DEPTHWISE_COSTS:
+            kernel = module.get_function(f"peaknet_depthwise_{columns}")
+            kernel.max_dynamic_shared_size_bytes = _depthwise_bytes(columns)
+            kernels[f"depthwise_{columns}"] = kernel
     return kernels
 
 
-def _depthwise_bytes(side: int) -> int:
+def _depthwise_bytes(columns: int) -> int:
     """Return the shared memory of a block: `Tile::kWords` in `depthwise.cu`, and the taps."""
-    rows, pitch = side + 6, (side + 8) // 2
-    gaps = 16 * (rows // 8) if side == 32 else 0
-    plane = (rows * pitch + gaps + 3) // 8 * 8 + 4
-    return 4 * (_DEPTHWISE_CHANNELS // 8 * (8 * plane + 8) + _TAPS_WORDS)
+    pairs = (_DEPTHWISE_ROWS + 6) * (columns + 8) // 2
+    planes = _DEPTHWISE_CHANNELS // 8 * (8 * ((pairs + 3) // 8 * 8 + 4) + 8)
+    copies = -(-pairs // (_DEPTHWISE_THREADS // 4)) * _DEPTHWISE_THREADS * 8
+    return 4 * (max(planes, copies) + _DEPTHWISE_CHANNELS * 7 * 9)
 
 
 @ops.depthwise.register_kernel("cuda")
@@ -168,14 +164,12 @@ def _depthwise(
     sums = x_NHWC.new_empty(groups, 2, pixels, dtype=torch.float32)
     moments = x_NHWC.new_empty(pixels, 2, dtype=torch.float32)
     kernels = _depthwise_kernels(channels, _device_index(x_NHWC))
-    tiles = {side: -(-height // side) * -(-width // side) for side in _DEPTHWISE_COSTS}
-    side = min(
-        (side for side in tiles if f"depthwise_{side}" in kernels),
-        key=lambda side: tiles[side] * side**2 * _DEPTHWISE_COSTS[side],
-    )
+    across = {columns: -(-width // columns) for columns in _DEPTHWISE_COSTS}
+    columns = min(across, key=lambda columns: across[columns] * columns * _DEPTHWISE_COSTS[columns])
+    tiles = -(-height // _DEPTHWISE_ROWS) * across[columns]
     _launch(
-        kernels[f"depthwise_{side}"],
-        (groups * tiles[side], n),
+        kernels[f"depthwise_{columns}"],
+        (groups * tiles, n),
         _DEPTHWISE_THREADS,
         (
             *_pointers(x_NHWC, weight_49C, scale_C, bias_C, out, sums),
@@ -183,7 +177,7 @@ def _depthwise(
             np.int32(width),
         ),
         x_NHWC,
-        _depthwise_bytes(side),
+        _depthwise_bytes(columns),
     )
     _launch(
         kernels["moments"],

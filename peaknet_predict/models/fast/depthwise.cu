@@ -5,13 +5,11 @@
 // seven rows: for each row of taps they are a product of 16 pixels with a 16x8 matrix that has the
 // taps along its diagonal. 16 such spans of eight pixels are the rows of one instruction, and what
 // has been read of a row of pixels serves the seven rows of output that depend on it. More than half
-// of the products are with zeros, and it is still several times faster than multiplying each tap by
-// itself.
+// of the products are with zeros, and it still takes a quarter of the instructions.
 //
-// A block of threads computes a tile of pixels for 32 channels. Its input, with a border, lies in
-// shared memory in one plane for each channel: a word holds two pixels side by side. A warp takes
-// the channels of its planes, and leaves its output in the same place. Pixels are then stored with
-// their channels side by side again.
+// A block of threads computes a tile of pixels for 32 channels. Its input, with a border, is laid out in
+// shared memory in one plane for each channel. A warp takes four channels, and leaves its output in
+// their planes. From there pixels are stored with their channels side by side again.
 //
 // The factors are float16, which keeps eight times as much of a weight as bfloat16 does. Nothing
 // overflows, because sums are float32; the weights of a channel are scaled back there.
@@ -34,27 +32,28 @@ constexpr int kChannelGroups = (kAllChannels + kChannels - 1) / kChannels;
 constexpr int kPairs = 9, kNoTaps = 8;
 
 // kAcross spans side by side, and strips of kStripRows rows one below the other.
-template <int kAcross, int kRowsOfStrip>
+template <int kSpansAcross, int kRowsOfStrip>
 struct Tile {
-  static constexpr int kStripRows = kRowsOfStrip, kStrips = kSpans / kAcross;
-  static constexpr int kColumns = kSpan * kAcross, kRows = kStripRows * kStrips;
+  static constexpr int kAcross = kSpansAcross, kStripRows = kRowsOfStrip;
+  static constexpr int kColumns = kSpan * kAcross, kRows = kStripRows * kSpans / kAcross;
   static constexpr int kInputRows = kRows + kTaps - 1;
-  static constexpr int kPitch = (kColumns + 2 * kMargin) / 2;  // words
-  // Strips are so far apart that their spans in one instruction lie in different banks.
-  static constexpr int kApart = 4 * kAcross, kOver = kStripRows * kPitch % 32;
-  static constexpr int kStripGap = kOver == 32 - kApart ? 0 : (32 + kApart - kOver) % 32;
-  static constexpr int kStrip = kStripRows * kPitch + kStripGap;
-  // So are planes, where one access goes to eight of them, and to four times eight.
-  static constexpr int kPlane = (kInputRows * kPitch + kInputRows / kStripRows * kStripGap + 3) / 8 * 8 + 4;
-  static constexpr int kPart = 8 * kPlane + 8;
-  static constexpr int kWords = kChannels / 8 * kPart;
-  static_assert(kPitch % 4 == 0 && kStripGap % 4 == 0, "planes are read in 16 bytes");
+  // A word of a plane is two pixels side by side.
+  static constexpr int kPitch = (kColumns + 2 * kMargin) / 2, kPairs = kInputRows * kPitch;
+  static constexpr int kStrip = kStripRows * kPitch;
+  static_assert(kPitch % 4 == 0, "rows are read in 16 bytes");
+  static_assert(kStrip % 32 == 4 * kAcross || kStrip % 32 == 32 - 4 * kAcross,
+                "the spans of an instruction lie in different banks");
+  // Planes are so far apart that these do, too: a row of eight planes, and words of four times eight.
+  static constexpr int kPlane = (kPairs + 3) / 8 * 8 + 4, kPart = 8 * kPlane + 8;
+  // Threads copy the input pair by pair of pixels, a quarter of its channels each, to where the
+  // planes will be.
+  static constexpr int kPairsAtATime = kThreads / 4;
+  static constexpr int kCopies = (kPairs + kPairsAtATime - 1) / kPairsAtATime;
+  static constexpr int kCopyWords = kCopies * kThreads * 8, kPlaneWords = kChannels / 8 * kPart;
+  static constexpr int kWords = kCopyWords > kPlaneWords ? kCopyWords : kPlaneWords;
 
   static __device__ __forceinline__ int plane(int channel) {
     return channel / 8 * kPart + channel % 8 * kPlane;
-  }
-  static __device__ __forceinline__ constexpr int row(int row) {
-    return row * kPitch + row / kStripRows * kStripGap;
   }
 };
 
@@ -116,47 +115,66 @@ __device__ __forceinline__ void prepare_taps(const u16* weight, u32* table, int 
   to[kNoTaps] = 0;
 }
 
-// Brings a tile's input into its planes, two pixels and eight channels at a time. A warp takes two
-// rows: eight pairs of pixels of one, and the last four of both together.
+// Copies 16 bytes, or zeros, to shared memory. They go past the first cache, which has room for much
+// less under way: it keeps a line of 128 bytes for the 64 of a pixel.
+__device__ __forceinline__ void copy(uint4* to, const void* from, bool is_any) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)),
+               "l"(from), "r"(is_any ? 16 : 0)
+               : "memory");
+}
+
+// Asks for the tile's input.
 template <class T>
-__device__ __forceinline__ void load_tile(const u16* panel, u32* planes, int first_row,
-                                          int first_column, int first_channel, int height,
-                                          int width) {
-  constexpr int kWhole = T::kPitch / 8, kItems = 2 * kWhole + 1;
-  static_assert(T::kPitch % 8 == 4 && T::kInputRows % 2 == 0 && T::kStripRows % 2 == 0, "two rows");
-  const int part = threadIdx.x % 4, place = threadIdx.x % 32 / 4;
+__device__ __forceinline__ void begin_copies(const u16* panel, uint4* copies, int first_row,
+                                             int first_column, int first_channel, int height,
+                                             int width) {
+  const int part = threadIdx.x % 4;
   const bool is_part = first_channel + 8 * part < kAllChannels;
-  const int left_column = first_column - kMargin;
-  planes += part * T::kPart;
-#pragma unroll 1
-  for (int rows = threadIdx.x / 32 * 2; rows < T::kInputRows; rows += 2 * kWarps) {
-    const int y = first_row - kBorder + rows;
-    const u16* const from = panel + ((i64)y * width + left_column) * kAllChannels + first_channel + 8 * part;
-    uint4 left[kItems], right[kItems];
+  int row = threadIdx.x / 4 / T::kPitch, column = threadIdx.x / 4 % T::kPitch;
+  panel += first_channel + 8 * part;
+  asm("" : "+l"(panel));  // so that it is not computed anew for every copy
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int below = k < 2 * kWhole ? k / kWhole : place / 4;
-      const int pair = k < 2 * kWhole ? k % kWhole * 8 + place : kWhole * 8 + place % 4;
-      const int x = left_column + 2 * pair;
-      const bool is_row = is_part && (u32)(y + below) < (u32)height;
-      const u16* const at = from + (below * width + 2 * pair) * kAllChannels;
-      left[k] = right[k] = make_uint4(0, 0, 0, 0);
-      if (is_row && (u32)x < (u32)width) left[k] = *(const uint4*)at;
-      if (is_row && (u32)(x + 1) < (u32)width) right[k] = *(const uint4*)(at + kAllChannels);
+  for (int k = 0; k < T::kCopies; ++k) {
+    const int y = first_row - kBorder + row, x = first_column - kMargin + 2 * column;
+    const bool is_row = row < T::kInputRows && is_part && (u32)y < (u32)height;
+    // A panel has less than 2**31 values.
+    const u16* const from = panel + (y * width + x) * kAllChannels;
+    copy(copies + 2 * k * kThreads + threadIdx.x, from, is_row && (u32)x < (u32)width);
+    copy(copies + (2 * k + 1) * kThreads + threadIdx.x, from + kAllChannels,
+         is_row && (u32)(x + 1) < (u32)width);
+    row += T::kPairsAtATime / T::kPitch;
+    column += T::kPairsAtATime % T::kPitch;
+    if (column >= T::kPitch) {
+      column -= T::kPitch;
+      ++row;
     }
+  }
+}
+
+// Lays out in planes what has been copied.
+template <class T>
+__device__ __forceinline__ void lay_out(u32* planes, const uint4* copies) {
+  uint4 copied[T::kCopies][2];
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int below = k < 2 * kWhole ? k / kWhole : place / 4;
-      const int pair = k < 2 * kWhole ? k % kWhole * 8 + place : kWhole * 8 + place % 4;
-      u32* const to = planes + T::row(rows) + below * T::kPitch + pair;
-      const u32 of_left[4] = {left[k].x, left[k].y, left[k].z, left[k].w};
-      const u32 of_right[4] = {right[k].x, right[k].y, right[k].z, right[k].w};
+  for (int k = 0; k < 2 * T::kCopies; ++k) {
+    copied[k / 2][k % 2] = copies[k * kThreads + threadIdx.x];
+  }
+  __syncthreads();
+  planes += threadIdx.x % 4 * T::kPart;
 #pragma unroll
-      for (int c = 0; c < 8; c += 2) {
-        const u32 l = of_left[c / 2], r = of_right[c / 2];
-        to[c * T::kPlane] = to_float16(low(l), low(r));
-        to[(c + 1) * T::kPlane] = to_float16(high(l), high(r));
-      }
+  for (int k = 0; k < T::kCopies; ++k) {
+    const int pair = k * T::kPairsAtATime + threadIdx.x / 4;
+    if (pair >= T::kPairs) break;
+    const uint4 left = copied[k][0], right = copied[k][1];
+    const u32 of_left[4] = {left.x, left.y, left.z, left.w};
+    const u32 of_right[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      const u32 l = of_left[c / 2], r = of_right[c / 2];
+      planes[c * T::kPlane + pair] = to_float16(low(l), low(r));
+      planes[(c + 1) * T::kPlane + pair] = to_float16(high(l), high(r));
     }
   }
 }
@@ -165,11 +183,10 @@ __device__ __forceinline__ void load_tile(const u16* panel, u32* planes, int fir
 template <class T>
 __device__ __forceinline__ void convolve_planes(u32* planes, const u32* table, const float2 factor,
                                                 const float2 bias) {
-  constexpr int kAcross = T::kColumns / kSpan;
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   // Rows g and g + 8 of an instruction are spans of two strips.
-  const int span = g / kAcross * T::kStrip + g % kAcross * (kSpan / 2) + q;
-  constexpr int kLower = 8 / kAcross * T::kStrip;
+  const int span = g / T::kAcross * T::kStrip + g % T::kAcross * (kSpan / 2) + q;
+  constexpr int kLower = 8 / T::kAcross * T::kStrip;
 
   // Row i of column g of the matrix of taps is tap i - g - 1: the first pixel is one before the border.
   const int first_tap = 2 * q - g - 1;
@@ -190,7 +207,7 @@ __device__ __forceinline__ void convolve_planes(u32* planes, const u32* table, c
   for (int r = 0; r < T::kStripRows + kTaps - 1; ++r) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const u32* const at = planes + c * T::kPlane + span + T::row(r);
+      const u32* const at = planes + c * T::kPlane + span + r * T::kPitch;
       const u32 a0 = at[0], a1 = at[kLower], a2 = at[kSpan / 2], a3 = at[kLower + kSpan / 2];
 #pragma unroll
       for (int row = 0; row < kTaps; ++row) {
@@ -211,7 +228,7 @@ __device__ __forceinline__ void convolve_planes(u32* planes, const u32* table, c
 #pragma unroll
   for (int i = 0; i < 2 * T::kStripRows; ++i) {
     const int c = i / T::kStripRows, r = i % T::kStripRows;
-    u32* const to = planes + c * T::kPlane + span + T::row(r);
+    u32* const to = planes + c * T::kPlane + span + r * T::kPitch;
     to[0] = out[c][r][0];
     to[kLower] = out[c][r][1];
   }
@@ -262,9 +279,8 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
                                          const float* __restrict__ bias, u16* __restrict__ out,
                                          float* __restrict__ sums, int height, int width) {
   using T = Tile<kAcross, kStripRows>;
-  extern __shared__ __align__(16) u32 shared[];
-  u32* const planes = shared;
-  u32* const table = shared + T::kWords;
+  extern __shared__ __align__(16) u32 planes[];
+  u32* const table = planes + T::kWords;
 
   const int tiles_across = (width + T::kColumns - 1) / T::kColumns;
   // Groups of channels of one tile follow each other: together they read whole rows of memory.
@@ -276,8 +292,10 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
   const i64 panel_pixels = (i64)height * width, pixels = gridDim.y * panel_pixels;
   const i64 before = blockIdx.y * panel_pixels;
 
+  begin_copies<T>(x + before * kAllChannels, (uint4*)planes, first_row, first_column, first_channel,
+                  height, width);
   prepare_taps(weight, table, first_channel);
-  load_tile<T>(x + before * kAllChannels, planes, first_row, first_column, first_channel, height, width);
+  lay_out<T>(planes, (uint4*)planes);
   __syncthreads();
 
   const int warp = threadIdx.x / 32;
@@ -299,21 +317,22 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
     const int row = piece / kPieces, column = piece % kPieces * 16;
     const int y = first_row + row, left = first_column + column;
     const i64 pixel = before + (i64)y * width + left;
-    store_pixels<T>(planes + T::row(row) + column / 2, out + pixel * kAllChannels + first_channel,
+    store_pixels<T>(planes + row * T::kPitch + column / 2, out + pixel * kAllChannels + first_channel,
                     sums + pixel, pixels, first_channel + 8 * q < kAllChannels,
                     y < height && left + g < width, y < height && left + 8 + g < width);
   }
 }
 
-#define DEPTHWISE(name, across, strip_rows)                                                       \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) peaknet_depthwise_##name(             \
+#define DEPTHWISE(columns, strip_rows, blocks)                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks) peaknet_depthwise_##columns(     \
       const u16* x, const u16* weight, const float* scale, const float* bias, u16* out,           \
       float* sums, int height, int width) {                                                       \
-    convolve<across, strip_rows>(x, weight, scale, bias, out, sums, height, width);               \
+    convolve<columns / kSpan, strip_rows>(x, weight, scale, bias, out, sums, height, width);               \
   }
 
-DEPTHWISE(16, 2, 2)
-DEPTHWISE(32, 4, 8)
+// Both compute 16 rows.
+DEPTHWISE(16, 2, 4)
+DEPTHWISE(32, 4, 3)
 
 // sums: (groups, 2, pixels) as above; moments: (pixels) of 1 / std and -mean / std over the channels.
 extern "C" __global__ void __launch_bounds__(256)
