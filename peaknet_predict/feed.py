@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from peaknet_predict.types import Event, EventId
 
 log = logging.getLogger(__name__)
 
-_EVENTS_PER_PUT = 8  # enough to hide a call's round trip, few enough to start the reader early
+EVENTS_PER_PUT = 8
+"""At most so many travel together: enough to hide a call, few enough to start the reader early."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,18 @@ def push(
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
-            while chunk := list(itertools.islice(events, events_due(started, fed, rate_hz))):
-                read += len(chunk)
+            put_s = 0.0
+            while lot := _lot(events, started, fed, rate_hz, put_s, stop):
+                read += len(lot)
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
                 if stop.is_set():
                     break
-                for event in chunk:
+                began = time.monotonic()
+                for event in lot:
                     event.put_at = time.time()
-                fed += queue.put(producer, chunk, stop)
+                fed += queue.put(producer, lot, stop)
+                put_s = time.monotonic() - began
             # A signal that comes with the last event has interrupted nothing.
             failure = "interrupted" if fed < read else None
         except BaseException as error:
@@ -201,22 +206,43 @@ def _identified(
         yield Event(EventId(stream, rank, idx), image, photon_energy)
 
 
-def events_due(started: float, fed: int, rate_hz: float | None) -> int:
-    """Return how many events the next put takes, at least one.
-
-    At a given rate each event travels alone, at its own time; those that are late travel together,
-    so that a producer that has been held up catches up.
+def is_due(started: float, number: int, rate_hz: float | None) -> bool:
+    """Say whether it is time for an event.
 
     Parameters
     ----------
     started
         When event 0 was due, on the monotonic clock in seconds.
-    fed
-        How many have been put.
+    number
+        Which event, from 0.
     rate_hz
-        Events per second; None for as many as there are.
+        Events per second; with None every event is due.
     """
-    if rate_hz is None:
-        return _EVENTS_PER_PUT
-    late = int((time.monotonic() - started) * rate_hz) + 1 - fed
-    return min(_EVENTS_PER_PUT, max(1, late))
+    return rate_hz is None or time.monotonic() >= started + number / rate_hz
+
+
+def _lot(
+    events: Iterator[Event],
+    started: float,
+    fed: int,
+    rate_hz: float | None,
+    put_s: float,
+    stop: threading.Event,
+) -> list[Event]:
+    """Return what the next put takes: an event, and with it those that are due by now.
+
+    ``put_s`` is how long the last put took. An event that took longer to read is the last of its
+    lot: with a slow source, none waits for the next one.
+    """
+    lot: list[Event] = []
+    while not lot or (
+        len(lot) < EVENTS_PER_PUT and is_due(started, fed + len(lot), rate_hz) and not stop.is_set()
+    ):
+        began = time.monotonic()
+        event = next(events, None)
+        if event is None:
+            break
+        lot.append(event)
+        if time.monotonic() - began > put_s:
+            break
+    return lot

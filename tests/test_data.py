@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from peaknet_predict.data import QueueDataset
 from peaknet_predict.feed import push
 from peaknet_predict.queues import QueueAddress, connect_queue
-from peaknet_predict.sources import Simulator
+from peaknet_predict.sources import EventSource, Simulator
 from peaknet_predict.types import Event, EventBatch, EventId
 
 
@@ -161,24 +161,52 @@ def test_while_the_caller_is_busy_a_late_batch_goes_on_filling(address: QueueAdd
     assert len(sizes) <= 6
 
 
+class SlowSource(EventSource):
+    """Two events a second, whatever is wanted."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def events(self, first: int = 0) -> Iterator[tuple[int, Any, float]]:
+        for idx in range(first, 5):
+            time.sleep(0.5)
+            yield idx, np.zeros((1, 2, 2), np.float32), 9000.0
+
+
+def lots(queue: Any, monkeypatch: pytest.MonkeyPatch, put_takes_s: float) -> list[int]:
+    """Make every put take longer, and return the list in which their sizes appear."""
+    put, sizes = queue.put, []
+
+    def slow_put(producer: str, records: Any, stop: Any = None) -> int:
+        time.sleep(put_takes_s)
+        sizes.append(len(records))
+        return int(put(producer, records, stop))
+
+    monkeypatch.setattr(queue, "put", slow_put)
+    return sizes
+
+
 def test_a_producer_whose_puts_are_slow_keeps_its_rate(
     address: QueueAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = connect_queue(address, "events")
-    put, sizes = queue.put, []
-
-    def slow_put(producer: str, records: Any, stop: Any = None) -> int:
-        time.sleep(0.02)
-        sizes.append(len(records))
-        return put(producer, records, stop)
-
-    monkeypatch.setattr(queue, "put", slow_put)
+    sizes = lots(queue, monkeypatch, 0.02)
     simulator = Simulator(num_events=120, panels=1, height=4, width=4)
     report = push(simulator, queue, rate_hz=150.0)
-    assert report.events == 120
-    assert sizes[0] == 1, "what is not late travels alone"
+    assert report.events == sum(sizes) == 120
+    assert max(sizes) <= 8
     # One by one it would take 120 times 20 ms and more; at its rate it is 0.8 s.
     assert report.seconds < 1.6
+
+
+@pytest.mark.parametrize("rate_hz", [None, 50.0])
+def test_a_slow_source_keeps_no_event_waiting_for_the_next(
+    rate_hz: float | None, address: QueueAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = connect_queue(address, "events")
+    sizes = lots(queue, monkeypatch, 0.0)
+    push(SlowSource(), queue, rate_hz=rate_hz)
+    assert sizes == [1] * 5
 
 
 def test_what_goes_wrong_while_reading_reaches_the_caller(address: QueueAddress) -> None:

@@ -1,6 +1,6 @@
 """Launches the CUDA kernels of the fast PeakNet; imported where there is a GPU.
 
-`depthwise.cu` runs on any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu`,
+`depthwise.cu` is for any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu`,
 `contract_resident.cu`, `node.cu` and `base_node.cu` use the matrix units of Hopper (compute
 capability 9.0) and take some sizes only; for all else the kernels of `triton_ops` do the same.
 """
@@ -121,15 +121,16 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
 _DEPTHWISE_THREADS = 256
 _DEPTHWISE_CHANNELS = 32
 _DEPTHWISE_ROWS = 16
-# Columns of a tile, and what a pixel costs: a narrow tile reads more of its border twice.
+# Columns of a tile, and what a pixel costs on an H200: a narrow one reads more of its border twice.
 _DEPTHWISE_COSTS = {16: 1.25, 32: 1.0}
 
 
 @functools.cache
 def _depthwise_kernels(channels: int, device_index: int) -> dict[str, Any]:
+    sizes = tuple(f"-DBYTES_{columns}={_depthwise_bytes(columns)}" for columns in _DEPTHWISE_COSTS)
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(
-            code=_read("depthwise.cu"), options=("-std=c++17", f"-DCHANNELS={channels}")
+            code=_read("depthwise.cu"), options=("-std=c++17", f"-DCHANNELS={channels}", *sizes)
         )
         kernels = {"moments": module.get_function("peaknet_moments")}
         for columns in _DEPTHWISE_COSTS:
@@ -140,7 +141,7 @@ def _depthwise_kernels(channels: int, device_index: int) -> dict[str, Any]:
 
 
 def _depthwise_bytes(columns: int) -> int:
-    """Return the shared memory of a block: `Tile::kWords` in `depthwise.cu`, and the taps."""
+    """Return the shared memory of a block, as `depthwise.cu` lays it out (and checks)."""
     pairs = (_DEPTHWISE_ROWS + 6) * (columns + 8) // 2
     planes = _DEPTHWISE_CHANNELS // 8 * (8 * ((pairs + 3) // 8 * 8 + 4) + 8)
     copies = -(-pairs // (_DEPTHWISE_THREADS // 4)) * _DEPTHWISE_THREADS * 8
@@ -158,6 +159,11 @@ def _depthwise(
             "make it with FastPeakNet(net), without another dtype"
         )
     n, height, width, channels = x_NHWC.shape
+    if height * width * channels >= 2**31:
+        raise ValueError(
+            f"a panel of {height}x{width} with {channels} channels is too large for the kernels: "
+            "split it, or set fast: false"
+        )
     groups = -(-channels // _DEPTHWISE_CHANNELS)
     pixels = n * height * width
     out = torch.empty_like(x_NHWC)

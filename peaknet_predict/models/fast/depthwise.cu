@@ -5,14 +5,14 @@
 // seven rows: for each row of taps they are a product of 16 pixels with a 16x8 matrix that has the
 // taps along its diagonal. 16 such spans of eight pixels are the rows of one instruction, and what
 // has been read of a row of pixels serves the seven rows of output that depend on it. More than half
-// of the products are with zeros, and it still takes a quarter of the instructions.
+// of the products are with zeros; still, seven instructions do what takes 98 of two float16 each.
 //
 // A block of threads computes a tile of pixels for 32 channels. Its input, with a border, is laid out in
 // shared memory in one plane for each channel. A warp takes four channels, and leaves its output in
 // their planes. From there pixels are stored with their channels side by side again.
 //
-// The factors are float16, which keeps eight times as much of a weight as bfloat16 does. Nothing
-// overflows, because sums are float32; the weights of a channel are scaled back there.
+// The factors are float16, which keeps eight times as much of a weight as bfloat16 does; sums are
+// float32. A NaN spreads to all the spans that it is multiplied with, though by zeros.
 //
 // CHANNELS, a multiple of 8, is defined by whoever compiles this: most addresses are then constants.
 
@@ -29,7 +29,7 @@ constexpr int kAllChannels = CHANNELS;
 constexpr int kChannelGroups = (kAllChannels + kChannels - 1) / kChannels;
 
 // Seven taps of a row in pairs, from the first on, then from the place before the first on, then zeros.
-constexpr int kPairs = 9, kNoTaps = 8;
+constexpr int kTapPairs = 9, kNoTaps = 8;
 
 // kAcross spans side by side, and strips of kStripRows rows one below the other.
 template <int kSpansAcross, int kRowsOfStrip>
@@ -43,7 +43,8 @@ struct Tile {
   static_assert(kPitch % 4 == 0, "rows are read in 16 bytes");
   static_assert(kStrip % 32 == 4 * kAcross || kStrip % 32 == 32 - 4 * kAcross,
                 "the spans of an instruction lie in different banks");
-  // Planes are so far apart that these do, too: a row of eight planes, and words of four times eight.
+  // So do, by the distance of planes, the eight rows of a matrix that `store_pixels` loads, and what
+  // the four parts of a pixel's channels store in `lay_out`.
   static constexpr int kPlane = (kPairs + 3) / 8 * 8 + 4, kPart = 8 * kPlane + 8;
   // Threads copy the input pair by pair of pixels, a quarter of its channels each, to where the
   // planes will be.
@@ -96,7 +97,7 @@ __device__ __forceinline__ int pair_index(int first) {
   return first % 2 == 0 ? first / 2 : 4 + (first + 1) / 2;
 }
 
-// The taps of 32 channels in pairs: table[kChannels][kTaps][kPairs].
+// The taps of 32 channels in pairs: table[kChannels][kTaps][kTapPairs].
 __device__ __forceinline__ void prepare_taps(const u16* weight, u32* table, int first_channel) {
   const int channel = threadIdx.x % kChannels, row = threadIdx.x / kChannels;
   if (row >= kTaps) return;
@@ -106,7 +107,7 @@ __device__ __forceinline__ void prepare_taps(const u16* weight, u32* table, int 
   tap[0] = tap[kTaps + 1] = 0;
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) tap[i + 1] = is_channel ? from[i * kAllChannels] : 0;
-  u32* const to = table + (channel * kTaps + row) * kPairs;
+  u32* const to = table + (channel * kTaps + row) * kTapPairs;
 #pragma unroll
   for (int i = 0; i < kTaps + 1; ++i) {
     const int first = i < 4 ? 2 * i + 1 : 2 * (i - 4);
@@ -196,8 +197,8 @@ __device__ __forceinline__ void convolve_planes(u32* planes, const u32* table, c
   for (int c = 0; c < 2; ++c) {
 #pragma unroll
     for (int row = 0; row < kTaps; ++row) {
-      taps[c][row][0] = table[(c * kTaps + row) * kPairs + one];
-      taps[c][row][1] = table[(c * kTaps + row) * kPairs + next];
+      taps[c][row][0] = table[(c * kTaps + row) * kTapPairs + one];
+      taps[c][row][1] = table[(c * kTaps + row) * kTapPairs + next];
     }
   }
 
@@ -303,9 +304,9 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
   for (int c = warp * kWarpChannels; c < (warp + 1) * kWarpChannels; c += 2) {
     const bool is_channel = first_channel + c < kAllChannels;
     const float2 none = make_float2(0, 0);
-    convolve_planes<T>(planes + T::plane(c), table + c * kTaps * kPairs,
-                                   is_channel ? *(const float2*)(scale + first_channel + c) : none,
-                                   is_channel ? *(const float2*)(bias + first_channel + c) : none);
+    convolve_planes<T>(planes + T::plane(c), table + c * kTaps * kTapPairs,
+                       is_channel ? *(const float2*)(scale + first_channel + c) : none,
+                       is_channel ? *(const float2*)(bias + first_channel + c) : none);
   }
   __syncthreads();
 
@@ -323,11 +324,15 @@ __device__ __forceinline__ void convolve(const u16* __restrict__ x, const u16* _
   }
 }
 
+// The shared memory that a launch gives, BYTES_16 or BYTES_32, is defined by whoever compiles this.
 #define DEPTHWISE(columns, strip_rows, blocks)                                                    \
+  static_assert(BYTES_##columns == 4 * (Tile<columns / kSpan, strip_rows>::kWords +               \
+                                        kChannels * kTaps * kTapPairs),                           \
+                "shared memory of a launch");                                                     \
   extern "C" __global__ void __launch_bounds__(kThreads, blocks) peaknet_depthwise_##columns(     \
       const u16* x, const u16* weight, const float* scale, const float* bias, u16* out,           \
       float* sums, int height, int width) {                                                       \
-    convolve<columns / kSpan, strip_rows>(x, weight, scale, bias, out, sums, height, width);               \
+    convolve<columns / kSpan, strip_rows>(x, weight, scale, bias, out, sums, height, width);      \
   }
 
 // Both compute 16 rows.

@@ -58,9 +58,10 @@ def depthwise(
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its 7x7 kernel, scale and add.
 
-    With bfloat16 features ``weight_49C`` is float16, the absolute weights of a channel add up to no
-    more than 1, and features beyond 65504, the largest float16, count as that. Returns the result
-    and what normalises it: (M, 2) float32, 1 / std and -mean / std over the channels of each pixel.
+    With bfloat16 features ``weight_49C`` is float16, and features beyond 65504, the largest
+    float16, count as that. Returns the result and what normalises it: (M, 2) float32, 1 / std and
+    -mean / std over the channels of each pixel. A kernel may take these of the rounded result, and
+    spread a NaN to other pixels of its row.
     """
     channels = x_NHWC.shape[-1]
     kernel_C177 = (weight_49C.float() * scale_C).t().reshape(channels, 1, 7, 7)
