@@ -149,8 +149,8 @@ def push(
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
-            put_s = 0.0
-            while lot := _lot(events, started, fed, rate_hz, put_s, stop):
+            lots, put_s = _Lots(events, started, rate_hz), 0.0
+            while lot := lots.next(fed, put_s, stop):
                 read += len(lot)
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
@@ -221,28 +221,43 @@ def is_due(started: float, number: int, rate_hz: float | None) -> bool:
     return rate_hz is None or time.monotonic() >= started + number / rate_hz
 
 
-def _lot(
-    events: Iterator[Event],
-    started: float,
-    fed: int,
-    rate_hz: float | None,
-    put_s: float,
-    stop: threading.Event,
-) -> list[Event]:
-    """Return what the next put takes: an event, and with it those that are due by now.
+class _Lots:
+    """Groups events for transport.
 
-    ``put_s`` is how long the last put took. An event that took longer to read is the last of its
-    lot: with a slow source, none waits for the next one.
+    A failure of the source is raised once what was read before it has gone out.
     """
-    lot: list[Event] = []
-    while not lot or (
-        len(lot) < EVENTS_PER_PUT and is_due(started, fed + len(lot), rate_hz) and not stop.is_set()
-    ):
-        began = time.monotonic()
-        event = next(events, None)
-        if event is None:
-            break
-        lot.append(event)
-        if time.monotonic() - began > put_s:
-            break
-    return lot
+
+    def __init__(self, events: Iterator[Event], started: float, rate_hz: float | None) -> None:
+        self._events = events
+        self._started = started
+        self._rate_hz = rate_hz
+        self._failure: Exception | None = None
+
+    def next(self, fed: int, put_s: float, stop: threading.Event) -> list[Event]:
+        """Return what the next put takes: an event, and with it those that are due by now.
+
+        ``put_s`` is how long the last put took. An event that took longer to read is the last of
+        its lot: with a slow source, none waits for the next one.
+        """
+        if self._failure is not None:
+            raise self._failure
+        lot: list[Event] = []
+        while not lot or (
+            len(lot) < EVENTS_PER_PUT
+            and is_due(self._started, fed + len(lot), self._rate_hz)
+            and not stop.is_set()
+        ):
+            began = time.monotonic()
+            try:
+                event = next(self._events, None)
+            except Exception as error:
+                if not lot:
+                    raise
+                self._failure = error
+                break
+            if event is None:
+                break
+            lot.append(event)
+            if time.monotonic() - began > put_s:
+                break
+        return lot

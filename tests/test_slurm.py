@@ -74,7 +74,8 @@ def rank_of_two(rank: int, words: list[str], address: str, port: int, cwd: Path)
     )
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_two_nodes_share_a_stream_and_one_does_the_other_s_part(
     cluster: str, address: QueueAddress, tmp_path: Path, victim: int
 ) -> None:

@@ -105,6 +105,7 @@ def test_what_hangs_is_ended_when_its_grace_is_over(
     assert written(tmp_path / "cxi") == list(range(EVENTS)), said
 
 
+@pytest.mark.slow
 def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
