@@ -13,14 +13,17 @@ is timed. Runs on a CPU::
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import counted
+from benchmarks.accuracy import Candidate, score
 from benchmarks.finders import find, make_module
-from benchmarks.forward import COUNT_OFF, MATCH_RADIUS, MATCHED, matched, print_table
+from benchmarks.forward import COUNT_OFF, MATCH_RADIUS, MATCHED, print_table
+from benchmarks.matching import STRONG
 from benchmarks.shots import held_out
+from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.types import Peaks
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -55,11 +58,10 @@ def round_factors(module: nn.Module) -> None:
 
 
 def same_peaks(exact: list[Peaks], other: list[Peaks]) -> float:
-    """Share of either's peaks that the other has on the same panel, within `MATCH_RADIUS`."""
-    # Panels are further apart than any radius.
-    apart = torch.tensor([1e6, 1.0, 1.0], dtype=torch.float64)
-    these, those = ([torch.from_numpy(p) * apart for p in peaks] for peaks in (exact, other))
-    return min(matched(these, those, MATCH_RADIUS), matched(those, these, MATCH_RADIUS))
+    """Share of the longer list's peaks that are in both, one to one, within `MATCH_RADIUS`."""
+    pairs = zip(exact, other, strict=True)
+    same = sum(int((match_peaks(*pair, MATCH_RADIUS)[0] >= 0).sum()) for pair in pairs)
+    return same / max(sum(map(len, exact)), sum(map(len, other)), 1)
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=6, help="of 4 panels of 512x512")
     arguments = parser.parse_args()
     data_set = held_out(arguments.events, seed=1912, device="cpu")
-    images = [shot.image_PHW for shot in data_set.hits]
+    data_set.blanks.clear()  # nothing is asked of them
     kinds = {
         "float32": ((), "32-true"),
         "bfloat16": ((), "bf16-mixed"),
@@ -83,16 +85,13 @@ def main() -> None:
         for layer in module.net.modules():
             if any(is_one(layer) for is_one in chosen):
                 round_factors(layer)
-        found = [
-            peaks if peaks is not None else torch.empty(0, 3, dtype=torch.float64).numpy()
-            for peaks in find(module, images, precision=precision)
-        ]
+        finder = functools.partial(find, precision=precision)
+        its, found = score(data_set, Candidate(name, module, True), finder)
         exact = exact or found
-        score = counted(data_set, found, [None] * len(data_set.blanks))
         count, wanted = (sum(map(len, peaks)) for peaks in (found, exact))
         share, off = same_peaks(exact, found), abs(count - wanted) / max(wanted, 1)
         passed = share >= MATCHED and off <= COUNT_OFF
-        recall, right = score.recall(5.0).value, score.precision.value
+        recall, right = its.recall(STRONG).value, its.precision.value
         row = [name, f"{recall:.4f}", f"{right:.4f}", f"{share:.4f}", f"{count}", f"{off:.2%}"]
         rows.append([*row, "pass" if passed else "FAIL"])
     print_table(rows)
