@@ -9,10 +9,10 @@ from typing import Literal
 
 import lightning as L
 
-from callbacks.lookup import callback_of
-from callbacks.queue_writer import QueueWriter
-from peaknet_predict.balance import BalanceError
+from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.consume import ConsumeReport, write_cxi
+from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import (
     ClusterTask,
     NativeQueue,

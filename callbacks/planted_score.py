@@ -9,9 +9,9 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 
-from callbacks.cxi_output import CxiOutput
-from callbacks.lookup import callback_of
-from peaknet_predict.cxi_file import read_cxi
+from peaknet_predict.callbacks.cxi_output import CxiOutput
+from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.sources import Simulator

@@ -14,24 +14,24 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from callbacks.outbox import Outbox
-from callbacks.roster import Roster
-from peaknet_predict.balance import (
+from peaknet_predict.callbacks.outbox import Outbox
+from peaknet_predict.callbacks.roster import Roster
+from peaknet_predict.data import QueueDataModule, QueueDataset
+from peaknet_predict.pending import PendingPeaks
+from peaknet_predict.process.balance import (
     BalanceError,
     SurvivedError,
     path_of_rank,
     queue_balance,
     write_balance,
 )
-from peaknet_predict.data import QueueDataModule, QueueDataset
-from peaknet_predict.pending import PendingPeaks
+from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import (
     Queue,
     QueueAddress,
     QueueError,
     connect_queue,
 )
-from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import EventBatch, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import time
 
 import lightning as L
 
-from callbacks.lookup import callback_of
-from callbacks.queue_writer import QueueWriter
+from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.data import QueueDataModule
 
 log = logging.getLogger(__name__)

@@ -15,17 +15,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from peaknet_predict.balance import (
+from peaknet_predict.cxi.writer import CxiWriteError
+from peaknet_predict.process.balance import (
     EXIT_FAILED,
     EXIT_INCOMPLETE,
     EXIT_SURVIVED,
     BalanceError,
     SurvivedError,
 )
-from peaknet_predict.cxi import CxiWriteError
+from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
+from peaknet_predict.process.supervise import Layout, note_started, supervise
 from peaknet_predict.queues import ClusterError, QueueError
-from peaknet_predict.stopping import GRACE_S, listen_again, stop_requests
-from peaknet_predict.supervise import Layout, note_started, supervise
 
 log = logging.getLogger("peaknet_predict")
 
@@ -294,12 +294,10 @@ def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
 
 def _set_up_logging() -> None:
     """Show our own log on standard error, with the time; leave other libraries as they are."""
-    for name in ("peaknet_predict", "callbacks"):
-        logger = logging.getLogger(name)
-        if logger.handlers:
-            continue
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    if log.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

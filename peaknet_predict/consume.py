@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from peaknet_predict.balance import queue_balance, write_balance
-from peaknet_predict.cxi import CxiStatistics, CxiWriteError, CxiWriter
+from peaknet_predict.cxi.writer import CxiStatistics, CxiWriteError, CxiWriter
+from peaknet_predict.process.balance import queue_balance, write_balance
+from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
-from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from peaknet_predict.feed import feed
+from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import (
     ClusterError,
     ClusterTask,
@@ -27,10 +28,9 @@ from peaknet_predict.queues import (
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import connect
+from peaknet_predict.queues.wire import MAX_EVENT_BYTES, check_event
 from peaknet_predict.sources import EventSource
-from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import Event, EventBatch, EventId, Image, Refusal, Result
-from peaknet_predict.wire import MAX_EVENT_BYTES, check_event
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ _MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
 _LITTLE_SPACE_GIB = 50
 _STRANGER_S = 8.0  # a cluster that has not let a stranger in by then does not
 _QUARANTINE_SHOWN = 5
-_OURS = {"peaknet_predict", "callbacks"}
+_OURS = {"peaknet_predict"}
 
 
 @dataclass(frozen=True)

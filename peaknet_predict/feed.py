@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peaknet_predict.balance import path_of_rank, queue_balance, write_balance
+from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
+from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
-from peaknet_predict.stopping import GRACE_S, stop_requests
 from peaknet_predict.types import Event, EventId
 
 log = logging.getLogger(__name__)

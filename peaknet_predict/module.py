@@ -19,7 +19,7 @@ from peaknet_predict.peaks import find_peaks
 from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import Prepared, Preprocess, Transform
 from peaknet_predict.ring import Slot
-from peaknet_predict.training.steps import TrainingSteps
+from peaknet_predict.training.module import TrainingSteps
 from peaknet_predict.types import EventBatch, Refusal
 
 __all__ = ["PeakNetModule", "PendingPeaks"]

@@ -39,7 +39,7 @@ class Labeller:
         self, max_panels: int, height: int, width: int, device: torch.device, max_pieces: int | None
     ) -> None:
         # Imported here: CuPy may not be installed where peaks are found on the CPU.
-        from peaknet_predict.peaks import _kernels
+        from peaknet_predict.peaks.kernels import launch as _kernels
 
         self._cuda = _kernels
         self._kernels = _kernels.load(device.index)

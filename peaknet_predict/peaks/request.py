@@ -28,7 +28,7 @@ class Request:
 
     def check(self, max_panels: int, height: int, width: int, device: torch.device) -> None:
         """Raise TypeError or ValueError if the finder cannot take these tensors."""
-        from peaknet_predict.peaks._kernels import FLOATS, PIXEL_DTYPES
+        from peaknet_predict.peaks.kernels.launch import FLOATS, PIXEL_DTYPES
 
         num_panels = self.source.shape[0] if self.source.ndim else 0
         if num_panels > max_panels:

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from peaknet_predict.quarantine import Quarantine
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import Delivery, QueueState, QueueStatistics
 from peaknet_predict.queues.waiting import Line, Rest
+from peaknet_predict.queues.wire import event_to_item, results_to_item
 from peaknet_predict.types import Event, Result
-from peaknet_predict.wire import event_to_item, results_to_item
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peaknet_predict.stopping import listen_again
+from peaknet_predict.process.stopping import listen_again
 
 log = logging.getLogger(__name__)
 

@@ -10,20 +10,20 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peaknet_predict.quarantine import Quarantine
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.native import Taken
 from peaknet_predict.queues.patience import Patience
+from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, Kind, Opaque
 from peaknet_predict.queues.streams import StreamBook
-from peaknet_predict.types import Event, EventId, Refusal, Result
-from peaknet_predict.wire import (
+from peaknet_predict.queues.wire import (
     event_to_item,
     item_to_event,
     item_to_results,
     named,
     results_to_item,
 )
+from peaknet_predict.types import Event, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.patience import Patience
 from peaknet_predict.queues.records import ForeignItem, Kind, Record
 from peaknet_predict.queues.state import Delivery
+from peaknet_predict.queues.wire import item_to_event, item_to_results
 from peaknet_predict.types import Event, EventId, Refusal, Result
-from peaknet_predict.wire import item_to_event, item_to_results
 
 log = logging.getLogger(__name__)
 

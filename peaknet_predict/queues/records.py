@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from peaknet_predict.queues.wire import named
 from peaknet_predict.types import Event, EventId, Result
-from peaknet_predict.wire import named
 
 Kind = Literal["events", "results"]
 

@@ -23,8 +23,8 @@ from peaknet_predict.queues.records import (
     sanitized,
 )
 from peaknet_predict.queues.streams import StreamBook
+from peaknet_predict.queues.wire import named
 from peaknet_predict.types import ANYONE, EventId
-from peaknet_predict.wire import named
 
 _SUSPECT_AFTER = 2  # losses after which a record is handed out alone
 _REASONS_KEPT = 100

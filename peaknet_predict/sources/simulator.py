@@ -16,7 +16,7 @@ from peaknet_predict.sources.diffraction import (
     random_rotation,
     wavelength_angstrom,
 )
-from peaknet_predict.sources.spots import SPOT_RADIUS_PX, SPOT_SIGMA_PX, Spots
+from peaknet_predict.sources.gaussian_spots import SPOT_RADIUS_PX, SPOT_SIGMA_PX, Spots
 from peaknet_predict.types import Image, Peaks
 
 B_FACTOR = 20.0

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from peaknet_predict.simulation.labels import IGNORED, MAX_RADIUS, draw_labels
+from peaknet_predict.simulation.shots import LabelledShots
 from peaknet_predict.sources.base import resolve_paths
 from peaknet_predict.training.augment import turned
 from peaknet_predict.training.crops import Crop, Crops, inspect_file, num_peaks
-from peaknet_predict.training.labels import IGNORED, MAX_RADIUS, draw_labels
-from peaknet_predict.training.shots import LabelledShots
 
 
 class CxiShots(L.LightningDataModule):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peaknet_predict.training.labels import IGNORED, PEAK
+from peaknet_predict.simulation.labels import IGNORED, PEAK
 
 PEAK_WEIGHT = 0.75
 """Weight of a peak pixel; a background pixel has the rest."""
@@ -39,7 +39,7 @@ def focal_loss(logits_NCHW: Tensor, labels_NHW: Tensor) -> Tensor:
     logits_NCHW
         (N, C, H, W) floats of any precision; computed in float32.
     labels_NHW
-        (N, H, W) uint8, see `peaknet_predict.training.labels`.
+        (N, H, W) uint8, see `peaknet_predict.simulation.labels`.
 
     Returns
     -------

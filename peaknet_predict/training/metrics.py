@@ -17,11 +17,11 @@ from torch import Tensor
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.preprocess import Preprocess
-from peaknet_predict.training.labels import IGNORED, PEAK
+from peaknet_predict.simulation.labels import IGNORED, PEAK
 
 if TYPE_CHECKING:
     from peaknet_predict.peaks.finder import PeakFinder
-    from peaknet_predict.training.shots import LabelledShots
+    from peaknet_predict.simulation.shots import LabelledShots
 
 MATCH_PX = 2.0
 """A peak found and a known one match within this distance, in pixels."""

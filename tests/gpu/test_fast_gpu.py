@@ -26,7 +26,7 @@ from peaknet_predict.module import PeakNetModule, PendingPeaks
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Pad
 from tests.gpu.test_module_gpu import Batches, make_batches
 from tests.gpu.test_module_gpu import predict as run_batches
-from tests.test_fast import ATTO, THREE_STAGES, TINY, perturbed
+from tests.unit.test_fast import ATTO, THREE_STAGES, TINY, perturbed
 
 pytestmark = [
     pytest.mark.gpu,

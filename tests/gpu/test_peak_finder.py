@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from peaknet_predict.peaks import PeakTable
 from peaknet_predict.peaks.finder import PeakFinder
-from peaknet_predict.peaks.oracle import find_peaks_reference
+from tests.helpers.oracle import find_peaks_reference
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peaknet_predict.peaks import PeakTable, find_peaks
-from peaknet_predict.peaks.oracle import find_peaks_reference
+from tests.helpers.oracle import find_peaks_reference
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 from peaknet_predict.models import PeakNet
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import LocalNorm, MergeBatchChannelDims, PadToMultiple, Preprocess
-from peaknet_predict.training.data import SimulatedShots
+from peaknet_predict.simulation.shots import LabelledShots
 from peaknet_predict.training.loss import focal_loss
 from peaknet_predict.training.metrics import Scores
-from peaknet_predict.training.shots import LabelledShots
+from peaknet_predict.training.simulated_shots import SimulatedShots
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""Simulated shots with labels, made on the device that trains."""

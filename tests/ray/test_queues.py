@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from peaknet_predict.doctor import doctor
+from peaknet_predict.queues import (
+    ClusterError,
+    NativeQueue,
+    QueueAddress,
+    QueueError,
+    connect_queue,
+    run_in_cluster,
+)
+from peaknet_predict.queues.cluster import connect, ensure_private_token, token_path
+from peaknet_predict.types import Event, EventId, Refusal, Result
+from tests.helpers.foreign import make_three_method_queue
+
+
+def event(idx: int) -> Event:
+    return Event(EventId("s", 0, idx), np.full((2, 8, 8), idx, np.float32), 9000.0 + idx)
+
+
+def result(idx: int) -> Result:
+    peaks = np.array([[1.0, 2.5, idx]])
+    return Result(EventId("s", 0, idx), event(idx).image, peaks, 9000.0 + idx)
+
+
+def take_all(queue: Any, reader: str = "r") -> list[Any]:
+    taken: list[Any] = []
+    ended = False
+    while not ended:
+        items, ended = queue.take(reader, 7, 1.0)
+        taken += items
+    return taken
+
+
+def native(address: QueueAddress, kind: Any = "events") -> NativeQueue:
+    queue = connect_queue(address, kind)
+    assert isinstance(queue, NativeQueue)
+    return queue
+
+
+def test_events_arrive_with_identity_pixels_and_energy(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(20)])
+    queue.close("p")
+    taken = take_all(queue)
+    assert [e.id for e in taken] == [EventId("s", 0, i) for i in range(20)]
+    for i, got in enumerate(taken):
+        np.testing.assert_array_equal(got.image, event(i).image)
+        assert got.image.dtype == np.float32
+        assert got.photon_energy == 9000.0 + i
+
+
+def test_put_waits_for_room_and_get_for_events(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=3))
+    queue.open("p")
+
+    def produce() -> None:
+        queue.put("p", [event(i) for i in range(30)])
+        queue.close("p")
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    time.sleep(0.5)
+    assert queue.size() == 3
+    assert [e.id.idx for e in take_all(queue)] == list(range(30))
+    producer.join()
+    statistics = queue.statistics()
+    assert (statistics.accepted, statistics.acknowledged, statistics.largest) == (30, 30, 3)
+
+
+def test_an_empty_queue_is_waited_on_inside_the_actor(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    started = time.monotonic()
+    assert queue.get("r", 5, 0.4) == ([], False)
+    assert time.monotonic() - started >= 0.4
+
+
+def _produce_and_exit(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(5)])
+    queue.close("p")
+
+
+def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster: str) -> None:
+    code = (
+        f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
+        "from peaknet_predict.queues import QueueAddress\n"
+        "from tests.ray.test_queues import _produce_and_exit\n"
+        f"_produce_and_exit(QueueAddress({address.name!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [int(e.image[0, 0, 0]) for e in take_all(native(address))] == list(range(5))
+
+
+def test_our_actor_serves_programs_that_know_three_methods(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=2))
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    image = np.arange(8.0).reshape(2, 2, 2)
+    assert ray.get(handle.put.remote([3, 17, image, 9500.0])) is True
+    assert ray.get(handle.put.remote("nonsense")) is True
+    assert ray.get(handle.put.remote([3, 18, image, 9500.0])) is False
+    assert ray.get(handle.size.remote()) == 2
+    ray.get(handle.put.remote(None))
+    good, bad = take_all(queue)
+    assert (good.id.rank, good.id.idx, good.photon_energy) == (3, 17, 9500.0)
+    np.testing.assert_array_equal(good.image, image)
+    assert isinstance(bad, Refusal)
+    assert "nonsense" in bad.reason
+
+    queue.open("p")
+    queue.put("p", [event(4)])
+    queue.close("p")
+    rank, idx, image, energy = ray.get(handle.get.remote())
+    assert (rank, idx, energy) == (0, 4, 9004.0)
+    assert ray.get(handle.get.remote()) is None
+
+
+def test_our_output_gives_an_old_reader_tuples_and_its_end(address: QueueAddress) -> None:
+    queue = native(address, "results")
+    queue.open("p")
+    queue.put("p", [result(5)])
+    queue.close("p", end_markers=2)
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    ((image, peaks, energy),) = ray.get(handle.get.remote())
+    np.testing.assert_array_equal(image, result(5).image)
+    assert (peaks, energy) == ([[1.0, 2.5, 5.0]], 9005.0)
+    assert [ray.get(handle.get.remote()) for _ in range(3)] == ["END", "END", None]
+
+
+def test_a_foreign_queue_that_pauses_is_read_to_its_end(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 1000, 11, 2.0)
+    for i in range(30):
+        assert ray.get(handle.put.remote([2, i, event(i).image, 9000.0]))
+    queue = connect_queue(replace(address, idle_timeout_s=3.0), "events")
+    assert not queue.native
+    taken = take_all(queue)
+    assert [(e.id.rank, e.id.idx) for e in taken] == [(2, i) for i in range(30)]
+
+
+def test_a_foreign_queue_that_is_full_is_retried_and_gets_its_ends(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 1)
+    queue = connect_queue(address, "results")
+
+    def produce() -> None:
+        for i in range(4):
+            queue.put("p", [result(i)])
+        queue.close("p", end_markers=2)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    items: list[Any] = []
+    while len(items) < 6:
+        item = ray.get(handle.get.remote())
+        if item is not None:
+            items.append(item)
+    producer.join()
+    assert [item[0][2] for item in items[:4]] == [9000.0, 9001.0, 9002.0, 9003.0]
+    assert items[4:] == ["END", "END"]
+
+
+def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None:
+    with pytest.raises(QueueError, match=r"there is no queue.*set create to true"):
+        connect_queue(replace(address, create=False), "events")
+    native(address)
+    with pytest.raises(QueueError, match="holds events, but results are expected"):
+        connect_queue(address, "results")
+
+    class NotAQueue:
+        def get(self) -> None: ...
+
+    other = replace(address, name=address.name + "-other")
+    actor = ray.remote(NotAQueue).options(name=other.name, namespace=other.namespace).remote()
+    with pytest.raises(QueueError, match="is not a queue: it has no method put and no size"):
+        connect_queue(other, "events")
+    del actor
+
+
+def test_a_dead_queue_says_that_what_it_held_is_lost(address: QueueAddress) -> None:
+    queue = native(address)
+    ray.kill(ray.get_actor(address.name, namespace=address.namespace))
+    with pytest.raises(QueueError, match="is gone, and what was still in it is lost"):
+        queue.size()
+
+
+def test_the_embedded_cluster_listens_on_loopback_and_its_token_is_private(cluster: str) -> None:
+    assert cluster.startswith("127.0.0.1:")
+    assert stat.S_IMODE(token_path().stat().st_mode) == 0o600
+
+
+def _connect_in_a_process(address: str, **environment: str) -> str:
+    code = f"""
+from peaknet_predict.queues.cluster import ClusterError, connect
+try:
+    connect({address!r})
+except ClusterError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k[:4] != "RAY_"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+def test_a_cluster_that_cannot_be_joined_says_what_to_do(cluster: str) -> None:
+    assert "nothing answers at 127.0.0.1:1" in _connect_in_a_process("127.0.0.1:1")
+    assert "refused our token" in _connect_in_a_process(cluster, RAY_AUTH_TOKEN="0" * 64)
+    assert connect("auto") == cluster, "once joined, a process stays"
+
+
+def _fail() -> None:
+    raise RuntimeError("the producer is on fire")
+
+
+def test_a_function_run_in_the_cluster_raises_here() -> None:
+    task = run_in_cluster(_fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        task.result(timeout_s=60)
+    assert task.done()
+
+
+def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) -> None:
+    queue = native(replace(address, max_events=2))
+    sent = 0
+    call = queue._call
+
+    def counting(method: str, *args: Any) -> Any:
+        nonlocal sent
+        sent += len(args[0][1]) if method == "put_many" else 0
+        return call(method, *args)
+
+    queue._call = counting  # type: ignore[method-assign]
+    queue.open("p")
+
+    def produce() -> None:
+        queue.put("p", [event(i) for i in range(40)])
+        queue.close("p")
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    reader = native(address)
+    taken: list[Any] = []
+    ended = False
+    while not ended:
+        items, ended = reader.take("r", 1, 1.0)
+        taken += items
+        time.sleep(0.01)
+    producer.join()
+    assert [e.id.idx for e in taken] == list(range(40))
+    assert sent == 40
+
+
+def test_a_foreign_stream_is_not_idle_while_nobody_asks(address: QueueAddress) -> None:
+    handle = make_three_method_queue(address.name, address.namespace, 10)
+    queue = connect_queue(replace(address, idle_timeout_s=1.0), "events")
+    time.sleep(1.5)  # compiling, or waiting for room at the output
+    assert queue.get("r", 4, 0.1) == ([], False)
+    ray.get(handle.put.remote([0, 5, event(5).image, 9000.0]))
+    assert [e.id.idx for e in take_all(queue)] == [5]
+
+
+def test_the_end_names_producers_that_failed(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.close("p", failure="no beam")
+    assert queue.get("r", 1, 1.0) == ([], True)
+    assert queue.failures == {"p": "no beam"}
+
+
+def test_a_foreign_queue_cannot_be_fed_by_several(address: QueueAddress) -> None:
+    make_three_method_queue(address.name, address.namespace, 10)
+    with pytest.raises(QueueError, match="cannot tell 2 producers apart"):
+        connect_queue(address, "events").open("p", of=2)
+
+
+def test_ranks_that_share_a_reader_all_end_with_their_own_run(address: QueueAddress) -> None:
+    queue = native(address)
+    queue.open("p")
+    queue.close("p")
+    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 0"
+    queue.open("q")
+    queue.put("q", [event(1)])
+    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
+
+
+def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with: Ray: 2.48.0")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # connect sets it; here it must not stay
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="another version of Ray or Python.*2.48.0"):
+        connect("auto")
+
+
+def test_a_cluster_that_was_killed_is_found_dead_in_seconds(tmp_path: Path) -> None:
+    code = """
+from ray._private import services
+from peaknet_predict.queues.cluster import ClusterError, connect
+services.get_ray_address_from_environment = lambda *_: "127.0.0.1:1"  # as Ray left it behind
+try:
+    connect("auto")
+except ClusterError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert "no Ray cluster answers on this machine" in said.stdout, said
+    assert "`ray start --head`" in said.stdout
+
+
+def test_long_waits_say_what_to_look_at(
+    address: QueueAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("peaknet_predict.queues.patience._REPORT_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+
+    def reason() -> str:
+        text = str(caplog.records[-1].message)
+        caplog.clear()
+        return text
+
+    misspelt = native(replace(address, name=f"{address.name}x"))
+    misspelt.open("p")
+    queue = native(replace(address, max_events=2))
+    queue.get("r", 1, 0.1)
+    said = reason()
+    assert "no producer has opened it" in said
+    assert f"peaknet/{address.name}x" in said
+    queue.open("p")
+    queue.get("r", 1, 0.1)
+    assert "open producers: p" in reason()
+    stop = threading.Event()
+    threading.Timer(3.0, stop.set).start()
+    queue.put("p", [event(i) for i in range(3)], stop)
+    assert "nobody has read from it" in reason()
+    queue.close("p")
+    take_all(queue)
+    queue.get("another", 1, 0.1)
+    assert "read to the end" in reason()
+
+
+def test_doctor_looks_at_the_cluster_and_its_queues(
+    address: QueueAddress, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = native(address)
+    queue.open("feed:7")
+    make_three_method_queue(address.name + "-foreign", address.namespace, 10)
+    names = [address.name, address.name + "-foreign", "gone"]
+    queue.put("feed:7", [event(0)])
+    queue.get("r", 1, 1.0)
+    queue.refuse([Refusal(event(0).id, "it is bad")])
+    assert doctor(address=cluster, queues=names) == 1
+    said = capsys.readouterr().out
+    assert "open producers: feed:7" in said
+    assert "1 in quarantine; no event lost while the queue's process lives" in said
+    assert "s:0:0: it is bad" in said
+    assert "three methods only" in said
+    assert "hands an event out once" in said
+    assert "there is no queue 'gone'" in said
+    assert f"{cluster} admits nobody without its token" in said
+
+
+def test_doctor_finds_a_token_that_others_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert doctor() == 1
+    assert f"chmod 600 {token}" in capsys.readouterr().out
+    assert ensure_private_token() == token
+    assert doctor() == 0
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert doctor() == 1
+    assert "lets everyone who reaches it run code" in capsys.readouterr().out

@@ -1,0 +1,321 @@
+"""What survives the death of processes, with real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import ray
+import yaml
+
+from benchmarks.reliability.chaos import chaos
+from peaknet_predict.cxi.file import read_cxi, read_ids
+from peaknet_predict.feed import push
+from peaknet_predict.queues import NativeQueue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues.quarantine import read_index
+from peaknet_predict.sources import Simulator
+from peaknet_predict.types import ANYONE, Event, EventId, Refusal
+from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
+
+
+def event(idx: int, side: int = 8) -> Event:
+    return Event(EventId("s", 0, idx), np.full((1, side, side), idx, np.float32), 9000.0)
+
+
+def native(address: QueueAddress, kind: Any = "events") -> NativeQueue:
+    queue = connect_queue(address, kind)
+    assert isinstance(queue, NativeQueue)
+    return queue
+
+
+def kill_actor(address: QueueAddress) -> None:
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    os.kill(ray.get(handle.__ray_call__.remote(lambda actor: os.getpid())), signal.SIGKILL)
+
+
+def _take_and_sleep(address: QueueAddress) -> None:
+    queue = native(address)
+    print(len(queue.get("r", 3, 10.0)[0]), flush=True)
+    time.sleep(600)
+
+
+def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_own(
+    address: QueueAddress, cluster: str
+) -> None:
+    address = replace(address, lease_s=1.5)
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(5)])
+    queue.close("p")
+    code = (
+        f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
+        "from peaknet_predict.queues import QueueAddress\n"
+        "from tests.system.test_reliability import _take_and_sleep\n"
+        f"_take_and_sleep(QueueAddress({address.name!r}, lease_s=1.5))"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "3\n"
+    mine, _ = queue.get("r", 9, 1.0)
+    assert [one.id.idx for one in mine if one.id] == [3, 4]
+    time.sleep(3.0)
+    assert queue.get("r", 9, 0.1)[0] == [], "it is alive and says so, though it sleeps"
+    reader.kill()
+    reader.wait()
+    again: list[Any] = []
+    # The stream has ended and we hold some of it: that is told at once, without waiting.
+    while not again:
+        again, _ = queue.get("r", 9, 1.0)
+        time.sleep(0.1)
+    assert [one.id for one in again] == [EventId("s", 0, i) for i in range(3)]
+    assert queue.lost_by(EventId("s", 0, 0))
+    assert queue.unsettled == 5
+    queue.ack([EventId("s", 0, i) for i in range(5)])
+    # Nobody waits for an acknowledgement's answer, so that a call made after it may overtake it.
+    wait_until(lambda: queue.get("r", 9, 1.0) == ([], True))
+
+
+def test_with_a_spool_the_death_of_the_queue_costs_nothing(
+    address: QueueAddress, tmp_path: Path
+) -> None:
+    address = replace(address, spool=str(tmp_path / "spool"))
+    queue = native(address)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(6)])
+    taken, _ = queue.get("r", 3, 1.0)
+    queue.ack([EventId("s", 0, 0)])
+    kill_actor(address)
+    queue.put("p", [event(i) for i in range(4, 8)])  # the answer of some earlier put was lost
+    queue.ack([one.id for one in taken if one.id])  # of a lease that died with the queue
+    queue.close("p")
+    idx, ended = [], False
+    before: set[tuple[str, ...]] = set()
+    while not ended:
+        more, ended = queue.get("r", 4, 1.0)
+        idx += [one.id.idx for one in more if one.id]
+        before |= {queue.lost_by(one.id) for one in more if one.id and one.id.idx < 6}
+        queue.ack([one.id for one in more if one.id])
+    assert idx == [1, 2, 3, 4, 5, 6, 7], "what was acknowledged stays so"
+    assert before == {(ANYONE,)}, "a writer has to look whether it is in a file already"
+    statistics = queue.statistics()
+    assert (statistics.accepted, statistics.acknowledged, statistics.duplicates) == (8, 8, 2)
+    assert "on disk" in queue.promise
+
+
+def test_a_queue_made_again_with_the_spool_goes_on_after_its_cluster(
+    address: QueueAddress, tmp_path: Path
+) -> None:
+    first = replace(address, spool=str(tmp_path))
+    queue = native(first)
+    queue.open("p")
+    queue.put("p", [event(i) for i in range(3)])
+    queue.take("r", 1, 1.0)
+    wait_until(lambda: queue.statistics().acknowledged == 1)
+    ray.kill(ray.get_actor(address.name, namespace=address.namespace))
+    wait_until(lambda: _is_gone(address))
+    with pytest.raises(QueueError, match="is in its spool.*made with that spool goes on"):
+        queue.size()
+    again = native(replace(first, name=address.name + "-again"))
+    assert [one.id.idx for one in again.get("r", 9, 1.0)[0] if one.id] == [1, 2]
+    assert again.uid == queue.uid
+    with pytest.raises(QueueError, match="belongs to a queue that is alive"):
+        native(replace(first, name=address.name + "-third"))
+
+
+def _is_gone(address: QueueAddress) -> bool:
+    try:
+        ray.get_actor(address.name, namespace=address.namespace)
+    except ValueError:
+        return True
+    return False
+
+
+def test_a_spool_is_not_silently_done_without(address: QueueAddress, tmp_path: Path) -> None:
+    assert "in memory only" in native(address).promise
+    with pytest.raises(QueueError, match="has no spool, but one is configured"):
+        native(replace(address, spool=str(tmp_path)))
+
+
+def test_what_is_refused_is_in_the_quarantine(address: QueueAddress, tmp_path: Path) -> None:
+    queue = native(replace(address, quarantine=str(tmp_path / "q")))
+    queue.open("p")
+    queue.put("p", [event(7)])
+    queue.get("r", 1, 1.0)
+    queue.refuse([Refusal(event(7).id, "it smells")])
+    (line,) = read_index(tmp_path / "q")
+    assert (line["idx"], line["reason"]) == (7, "it smells")
+    with h5py.File(tmp_path / "q" / line["file"]) as file:
+        np.testing.assert_array_equal(file["image"][:], event(7).image)
+    assert queue.statistics().quarantined == 1
+
+
+def test_a_producer_goes_on_where_the_queue_has_it(address: QueueAddress) -> None:
+    queue = native(address)
+    source = Simulator(num_events=10, panels=1, height=8, width=8)
+    push(source, queue, num_events=4, stream="run7")
+    report = push(source, queue, stream="run7")
+    assert report.events == 6
+    assert [one.id.idx for one in queue.get("r", 99, 1.0)[0] if one.id] == list(range(10))
+    looped = push(source, queue, num_events=25, loop=True, stream="run7")
+    assert looped.events == 15
+    got = [one for one in queue.get("r", 99, 1.0)[0] if isinstance(one, Event)]
+    assert [one.id.idx for one in got] == list(range(10, 25))
+    np.testing.assert_array_equal(got[12].image, source.event(2)[0])
+
+
+def chain(
+    tmp_path: Path, cluster: str, queues: tuple[str, str], topology: str, **data: Any
+) -> tuple[str, ...]:
+    """Write the shipped configuration for these queues, with short leases and CXI files."""
+    config = yaml.safe_load((CONFIGS / "predict.yaml").read_text())
+    settings = {"lease_s": 2.0, "producer_timeout_s": 10.0, "quarantine": str(tmp_path / "q")}
+    config["data"]["init_args"] |= {"address": cluster, "batch_size": 8, **data}
+    config["data"]["init_args"]["queue"] |= {"name": queues[0], **settings}
+    config["trainer"]["callbacks"][0]["init_args"]["queue"] |= {"name": queues[1], **settings}
+    output = {"directory": str(tmp_path / "cxi")}
+    config["trainer"]["callbacks"].insert(
+        1, {"class_path": "peaknet_predict.callbacks.cxi_output.CxiOutput", "init_args": output}
+    )
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump(config))
+    model, where = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / topology
+    return ("predict", "-c", str(path), "-c", str(model), "-c", str(where))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def written(directory: Path) -> list[int]:
+    return sorted(key.idx for path in directory.glob("*.cxi") for key in read_ids(path))
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP]
+)
+def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
+    cluster: str, address: QueueAddress, tmp_path: Path, how: signal.Signals
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "two_cpus.yaml")
+    process = start(*words, cwd=tmp_path)
+    queue = native(QueueAddress(names[0], lease_s=2.0))
+    results = native(QueueAddress(names[1], lease_s=2.0), "results")
+    queue.open("p")
+    idx = 0
+    # Both ranks have worked once the output has seen them both; then one of them goes.
+    while results.statistics().accepted < 40:
+        idx += queue.put("p", [event(idx, side=32)])
+        time.sleep(0.01)
+    # Rank 0 may be stopped before its consumer of results has begun: another has to begin then, for
+    # the queue has room for 400.
+    os.kill(ranks_of(process)[0 if how is signal.SIGSTOP else 1], how)
+    more = 460 if how is signal.SIGSTOP else 60
+    queue.put("p", [event(i, side=32) for i in range(idx, idx + more)])
+    queue.close("p")
+    said = finish(process, expected=4)
+    assert written(tmp_path / "cxi") == list(range(idx + more)), said
+    assert how is signal.SIGSTOP or "rank 1 was ended by SIGKILL; the others take over" in said
+    rank = ".rank1" if how is signal.SIGSTOP else ""
+    balance = json.loads((tmp_path / f"predict_balance{rank}.json").read_text())
+    assert balance["stages"]["input"]["acknowledged"] == idx + more
+    assert balance["stages"]["output"]["accepted"] == idx + more
+    assert balance["stages"]["output"]["failures"] == {}, "the results are complete"
+    assert results.statistics().failures == {}
+
+
+def malformed(image: Any) -> list[tuple[str, Callable[[int], Any]]]:
+    """Return kinds of bad items: what its reason says, and the item for an idx."""
+
+    class Unheard:
+        pass
+
+    def items(value: Any) -> Callable[[int], Any]:
+        return lambda idx: value
+
+    def pictured(picture: Any, energy: Any = 9500.0) -> Callable[[int], Any]:
+        return lambda idx: [5, idx, picture, energy]
+
+    nothing = np.full_like(image, np.nan)
+    bad_energies = [np.nan, np.inf, -np.inf, 0.0, -9500.0, None, "hard", [9500.0]]
+    bad_pictures: list[tuple[str, Any]] = [
+        ("not an ndarray", None),
+        ("not an ndarray", image.tolist()),
+        ("not an ndarray", "a picture"),
+        ("not an ndarray", Unheard()),
+        ("has shape", image[0, 0]),
+        ("has shape", image[None]),
+        ("has shape", np.array(3.0, np.float32)),
+        ("is empty", image[:, :0]),
+        ("is empty", image[:0]),
+        ("complex64", image.astype(np.complex64)),
+        ("bool", image > 0),
+        ("<U", image.astype(str)),
+        ("not an ndarray", image.astype(object)),
+        ("larger than max_event_bytes", np.zeros((4, 200, 200), np.float32)),
+        ("no pixel of the image is finite", nothing),
+        ("no pixel of the image is finite", np.where(np.isnan(nothing), np.inf, nothing)),
+    ]
+    return [
+        *(("photon energy", pictured(image, energy)) for energy in bad_energies),
+        *((reason, pictured(picture)) for reason, picture in bad_pictures),
+        *(
+            ("expected [rank, idx, image, photon_energy]", items(item))
+            for item in ("text", 42, 3.5, b"bytes", [], [1, 2, image], {"rank": 5}, {1, 2})
+        ),
+        ("expected [rank", items(Unheard())),
+        ("must be integers", lambda idx: ["five", idx, image, 9500.0]),
+        ("must be integers", lambda idx: [5, idx + 0.5, image, 9500.0]),
+        ("must be integers", lambda idx: [5, None, image, 9500.0]),
+        ("must be integers", lambda idx: [True, idx, image, 9500.0]),
+    ]
+
+
+def test_a_thousand_malformed_events_among_a_thousand_good_ones(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "cpu.yaml", max_event_bytes=500_000)
+    process = start(*words, cwd=tmp_path)
+    native(QueueAddress(names[0], max_events=400, lease_s=2.0, quarantine=str(tmp_path / "q")))
+    handle = ray.get_actor(names[0], namespace="peaknet")
+    image = Simulator(num_events=1, panels=1, height=32, width=32).event(0)[0].astype(np.float32)
+    kinds = malformed(image)
+    assert len(kinds) >= 20
+    expected: dict[str, int] = {}
+    for k in range(1000):
+        reason, make = kinds[k % len(kinds)]
+        expected[reason] = expected.get(reason, 0) + 1
+        for item in ([0, k, image, 9500.0], make(k)):
+            while not ray.get(handle.put.remote(item)):
+                time.sleep(0.01)
+    ray.get(handle.put.remote(None))
+    said = finish(process)
+    assert "received 2000 = predicted 1000 + refused 1000" in said
+    assert written(tmp_path / "cxi") == list(range(1000))
+    index = read_index(tmp_path / "q")
+    assert len({(line["stream"], line["rank"], line["idx"]) for line in index}) == 1000
+    reasons = [line["reason"] for line in index]
+    for reason, count in expected.items():
+        assert sum(reason in other for other in reasons) >= count, reason
+    assert all(any(reason in other for reason in expected) for other in reasons)
+    event = next(read_cxi(next((tmp_path / "cxi").glob("*.cxi"))))
+    np.testing.assert_array_equal(event.image, image)
+
+
+def test_a_short_chaos(cluster: str, tmp_path: Path) -> None:
+    found = chaos(tmp_path, cluster, seed=3, events=240, faults=6, ranks=1, every_s=2.5, rate_hz=30)
+    assert (found["lost"], found["duplicated"], found["unknown"]) == (0, 0, 0), found
+    assert found["in files"] + found["in quarantine"] == 240

@@ -1,0 +1,268 @@
+"""Asked to stop, once and twice, while something hangs: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from peaknet_predict.process.stopping import StopRequest, listen_again, stop_requests
+from peaknet_predict.queues import QueueAddress
+from peaknet_predict.types import EventId, Result
+from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
+from tests.system.test_reliability import chain, event, native, ranks_of, written
+
+EVENTS = 60
+LEASE_S = 2.0
+
+
+def hanging_model(tmp_path: Path, **net: Any) -> Path:
+    model = yaml.safe_load((CONFIGS / "models" / "snr.yaml").read_text())
+    model["model"]["init_args"]["net"] = {"class_path": "tests.helpers.failing.HangingNet"}
+    model["model"]["init_args"]["net"]["init_args"] = net
+    path = tmp_path / "hanging.yaml"
+    path.write_text(yaml.safe_dump(model))
+    return path
+
+
+def fill(address: QueueAddress, name: str, events: int = EVENTS) -> Any:
+    queue = native(QueueAddress(name, lease_s=LEASE_S, producer_timeout_s=10.0))
+    queue.open("p")
+    queue.put("p", [event(idx, side=32) for idx in range(events)])
+    queue.close("p")
+    return queue
+
+
+def hang(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    wait_until(lambda: (tmp_path / "hanging").exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def end_of(process: subprocess.Popen[str], within_s: float) -> str:
+    """Expect exit code 3 within so many seconds from now."""
+    began = time.monotonic()
+    said = finish(process, expected=3)
+    assert time.monotonic() - began < within_s, said
+    return said
+
+
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="in Python"),
+        pytest.param(True, id="outside Python"),
+    ],
+)
+def test_a_second_signal_stops_at_once_and_a_following_run_does_the_rest(
+    cluster: str, address: QueueAddress, tmp_path: Path, deaf: bool
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "cpu.yaml")
+    queue = fill(address, names[0])
+    (tmp_path / "hold").touch()
+    process = start(*words, "-c", hanging_model(tmp_path, deaf=deaf), cwd=tmp_path)
+    hang(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.0)
+    assert process.poll() is None, "it waits for what is under way"
+    process.send_signal(signal.SIGINT)
+    said = end_of(process, within_s=12.0)
+    assert "again: stopping at once" in said
+    statistics = queue.statistics()
+    assert statistics.acknowledged < EVENTS
+    if not deaf:
+        assert statistics.leased == 0, "given back, without waiting for the leases' end"
+        balance = json.loads((tmp_path / "predict_balance.json").read_text())
+        assert balance["problem"] == "stopped at once by a second signal"
+    (tmp_path / "hold").unlink()
+    said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
+    assert written(tmp_path / "cxi") == list(range(EVENTS)), said
+
+
+def test_what_hangs_is_ended_when_its_grace_is_over(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "cpu.yaml", grace_s=1.0)
+    fill(address, names[0])
+    (tmp_path / "hold").touch()
+    process = start(*words, "-c", hanging_model(tmp_path, deaf=True), cwd=tmp_path)
+    hang(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert "still here 11 s after being asked to stop" in end_of(process, within_s=20.0)
+    (tmp_path / "hold").unlink()
+    said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
+    assert written(tmp_path / "cxi") == list(range(EVENTS)), said
+
+
+@pytest.mark.slow
+def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "two_cpus.yaml", grace_s=20)
+    process = start(*words, cwd=tmp_path)
+    queue = native(QueueAddress(names[0], lease_s=LEASE_S, producer_timeout_s=10.0))
+    results = native(QueueAddress(names[1], lease_s=LEASE_S, producer_timeout_s=10.0), "results")
+    queue.open("p")
+    idx = 0
+    while results.statistics().accepted < 40:
+        idx += queue.put("p", [event(idx, side=32)])
+        time.sleep(0.01)
+    queue.put("p", [event(i, side=32) for i in range(idx, idx + EVENTS)])
+    process.send_signal(signal.SIGTERM)
+    # A batch system's signal reaches the ranks too: that is no second one.
+    for pid in ranks_of(process):
+        os.kill(pid, signal.SIGTERM)
+    said = end_of(process, within_s=25.0)
+    assert "at once" not in said.replace("once more stops at once", "")
+    balances = [
+        json.loads((tmp_path / f"predict_balance{rank}.json").read_text())
+        for rank in ("", ".rank1")
+    ]
+    taken = sum(balance["stages"]["predict"]["received"] for balance in balances)
+    assert all(balance["stages"]["predict"]["given_back"] == 0 for balance in balances)
+    assert all("interrupted" in balance["problem"] for balance in balances)
+    assert queue.statistics().acknowledged == taken
+    assert queue.statistics().leased == 0
+    queue.close("p")
+    said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
+    assert written(tmp_path / "cxi") == list(range(idx + EVENTS)), said
+
+
+@pytest.mark.slow
+def test_a_second_signal_to_two_ranks_stops_them_at_once(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    names = f"{address.name}-in", f"{address.name}-out"
+    words = chain(tmp_path, cluster, names, "two_cpus.yaml")
+    fill(address, names[0])
+    (tmp_path / "hold").touch()
+    process = start(*words, "-c", hanging_model(tmp_path), cwd=tmp_path)
+    hang(process, tmp_path)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    end_of(process, within_s=8.0)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    (tmp_path / "hold").unlink()
+    said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
+    assert written(tmp_path / "cxi") == list(range(EVENTS)), said
+
+
+def test_a_writer_whose_directory_is_gone_stops_at_once_and_the_next_writes_everything_once(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    queue = native(QueueAddress(address.name, lease_s=LEASE_S, producer_timeout_s=10.0), "results")
+    queue.open("p")
+    image = np.zeros((1, 32, 32), np.float32)
+    results = [Result(EventId("s", 0, i), image, np.empty((0, 3)), 9e3) for i in range(EVENTS)]
+    queue.put("p", results[:30])
+    directory = tmp_path / "cxi"
+    words = (
+        *("write-cxi", "--address", cluster, "--queue.name", address.name),
+        *("--queue.lease_s", LEASE_S, "--directory", directory, "--events_per_file", 10),
+    )
+    writer = start(*words, cwd=tmp_path)
+    wait_until(lambda: queue.statistics().acknowledged == 30)
+    shutil.move(directory, tmp_path / "away")
+    queue.put("p", results[30:])
+    queue.close("p")
+    wait_until(lambda: queue.statistics().leased >= 10)
+    writer.send_signal(signal.SIGTERM)
+    time.sleep(2.0)
+    assert writer.poll() is None, "it tries until its grace is over"
+    writer.send_signal(signal.SIGTERM)
+    said = end_of(writer, within_s=8.0)
+    assert "trying again" in said
+    shutil.move(tmp_path / "away", directory)
+    said = finish(start(*words, "--resume", "true", cwd=tmp_path))
+    assert written(directory) == list(range(EVENTS)), said
+
+
+def test_a_second_signal_ends_a_producer_whose_source_hangs(
+    cluster: str, address: QueueAddress, tmp_path: Path
+) -> None:
+    words = (
+        *("feed", "--address", cluster, "--queue.name", address.name),
+        *("--source", "tests.helpers.failing.HangingSource", "--rate_hz", 100),
+    )
+    queue = native(address)
+    process = start(*words, cwd=tmp_path)
+    wait_until(lambda: queue.statistics().accepted == 5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    end_of(process, within_s=8.0)
+    balance = json.loads((tmp_path / "feed_balance.json").read_text())
+    assert balance["stages"]["feed"]["fed"] == balance["stages"]["input"]["accepted"] == 5
+    assert "KeyboardInterrupt" in balance["problem"]
+    assert queue.statistics().ended
+
+
+def test_blocks_within_a_block_share_its_request_and_its_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests(5.0) as stop:
+        with stop_requests() as inner:
+            assert inner is stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a library does
+        listen_again()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5.0)
+        os.kill(os.getpid(), signal.SIGTERM)  # the same request, told twice
+        time.sleep(1.2)
+        assert not stop.at_once
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+    assert signal.getsignal(signal.SIGTERM) is before
+    time.sleep(0.1)
+    with stop_requests() as later:
+        assert not later.is_set()
+
+
+def test_before_there_is_anything_to_finish_a_first_signal_stops_at_once() -> None:
+    with stop_requests(begun=False) as stop:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+        assert stop.at_once
+    with stop_requests(begun=False) as stop:
+        with stop_requests():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5.0)
+        assert not stop.at_once
+
+
+def test_a_second_signal_that_comes_late_interrupts_nothing_behind_its_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    end_after = StopRequest._end_after
+
+    def interrupt_early(self: StopRequest, seconds: float) -> None:
+        # The main thread is on its way out before it is told.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        end_after(self, seconds)
+
+    monkeypatch.setattr(StopRequest, "_end_after", interrupt_early)
+    with stop_requests(begun=False):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+    time.sleep(0.5)
+    watchdogs = [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+    assert not watchdogs, "nobody ends the process any more"
