@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import logging
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from peaknet_predict.cxi.file import read_ids
 from peaknet_predict.keys import KeySet
+from peaknet_predict.process.files import sync_directory, write_whole
 from peaknet_predict.types import ANYONE, EventId
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class CxiDirectory:
         try:
             # It may be gone: who has just taken over deletes it, and has found the finished file.
             temporary.unlink(missing_ok=True)
-            _sync(self.path)
+            sync_directory(self.path)
         except OSError:
             # Not known to be durable, so its events will be written again: not twice, though.
             path.unlink(missing_ok=True)
@@ -177,23 +177,15 @@ class CxiDirectory:
         """
         self.list_is_stale = True
         path = self.path / LIST_NAME
-        temporary = self.path / f".{LIST_NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             listed: list[Path] | None = None
             # Another writer may finish a file and write the list between our two steps. Whoever
             # writes last looks again, so no file is missed.
             while (found := sorted(self.path.glob("*.cxi"))) != listed:
-                with open(temporary, "x", encoding="utf-8") as stream:
-                    stream.writelines(f"{file}\n" for file in found)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, path)
+                write_whole(path, "".join(f"{file}\n" for file in found).encode())
                 listed = found
         except OSError as error:
             raise write_error(path, error, "The CXI files are complete. ") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
         self.list_is_stale = False
 
     def _look_up(self) -> None:
@@ -217,15 +209,3 @@ class CxiDirectory:
                     error,
                 )
             self._looked_at.add(name)
-
-
-def _sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync directories
-            raise
-    finally:
-        os.close(descriptor)

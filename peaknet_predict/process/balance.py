@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from peaknet_predict.process.files import write_whole
 
 EXIT_FAILED = 1
 """A command could not do its work; the last line of the log says why."""
@@ -51,17 +51,8 @@ def write_balance(path: str | Path, balance: Mapping[str, Any]) -> None:
     balance
         Numbers, texts, lists and mappings; dataclasses are taken apart and paths become texts.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as stream:
-            json.dump(balance, stream, indent=2, default=_plain)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(balance, indent=2, default=_plain) + "\n"
+    write_whole(path, text.encode())
 
 
 def _plain(value: Any) -> Any:

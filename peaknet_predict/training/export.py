@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from peaknet_predict.process.files import write_whole
 from peaknet_predict.training.metrics import OPERATING_POINT
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     # One entry, because several have no order: the same checkpoint makes the same file.
     metadata = {METADATA: json.dumps(origin)}
     data = save({name: _halved(name, tensor) for name, tensor in tensors.items()}, metadata)
-    _write(path, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data)
     sha256 = hashlib.sha256(data).hexdigest()
     log.info("%s: %.1f MB, sha256 %s", path, len(data) / 1e6, sha256)
     return sha256
@@ -121,17 +122,3 @@ def _halved(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(half).all():
         raise ValueError(f"{name} has values that are not finite in float16: the run diverged")
     return half
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, and give it its own when it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

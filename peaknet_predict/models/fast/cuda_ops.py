@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from peaknet_predict.models.convnextv2 import LAYER_NORM_EPS
 from peaknet_predict.models.fast import ops, triton_ops
+from peaknet_predict.process.files import write_whole
 
 _HOPPER = (9, 0)
 _GROUP = 128  # threads that multiply together on Hopper
@@ -104,16 +104,8 @@ def _compiled(code: str, options: tuple[str, ...]) -> Path:
     finally:
         nvrtc.destroyProgram(program)
     folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: another process may look for it at this moment.
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
-            file.write(cubin)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            os.unlink(file.name)
-            raise
-    return Path(file.name).replace(path)
+    write_whole(path, cubin)  # another process may look for it at this moment
+    return path
 
 
 # --- depthwise ---

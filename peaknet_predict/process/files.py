@@ -1,0 +1,120 @@
+"""Files that are whole or not there at all, whatever dies while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class FileSystem(Protocol):
+    """What is used of the module `os`, so that tests can put a simulated disk in its place."""
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        """Return a new file descriptor."""
+
+    def close(self, fd: int, /) -> None:
+        """Give a descriptor back."""
+
+    def dup(self, fd: int, /) -> int:
+        """Return a second descriptor of an open file."""
+
+    def read(self, fd: int, length: int, /) -> bytes:
+        """Return up to ``length`` bytes from the descriptor's position."""
+
+    def write(self, fd: int, data: bytes | memoryview, /) -> int:
+        """Write some of the data; return how much."""
+
+    def ftruncate(self, fd: int, length: int, /) -> None:
+        """Set a file's length."""
+
+    def fsync(self, fd: int, /) -> None:
+        """Return once a file, or the names in a directory, would survive a power cut."""
+
+    def replace(self, src: str, dst: str) -> None:
+        """Rename a file; one of the new name goes."""
+
+    def link(self, src: str, dst: str) -> None:
+        """Give a file a second name; fails if there is one of that name."""
+
+    def unlink(self, path: str) -> None:
+        """Take a name away."""
+
+    def listdir(self, path: str) -> list[str]:
+        """Return the names in a directory."""
+
+    def mkdir(self, path: str, mode: int = 0o777) -> None:
+        """Make a directory."""
+
+    def stat(self, path: str) -> Any:
+        """Return at least ``st_size`` and ``st_mode``."""
+
+
+def write_whole(
+    path: str | Path, data: bytes | memoryview, private: bool = False, fs: FileSystem = os
+) -> None:
+    """Write a file so that, at any moment, its name stands for all of it or for what it was before.
+
+    When this returns, the file survives a power cut.
+
+    Parameters
+    ----------
+    path
+        The file; replaced if it exists.
+    data
+        All of its bytes.
+    private
+        Make it readable and writable by its owner only.
+    fs
+        Where.
+
+    Raises
+    ------
+    OSError
+        If that is not possible. Nothing is left but what was there before, unless the directory
+        could not be synced after the file had got its name.
+    """
+    path = Path(path)
+    temporary = str(path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        file = fs.open(temporary, flags, 0o600 if private else 0o666)
+        try:
+            write_all(file, data, fs)
+            fs.fsync(file)
+        finally:
+            fs.close(file)
+        fs.replace(temporary, str(path))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.unlink(temporary)
+        raise
+    sync_directory(path.parent, fs)
+
+
+def write_all(file: int, data: bytes | memoryview, fs: FileSystem = os) -> None:
+    """Write all of the data to an open file: one write may stop short of the end."""
+    view = memoryview(data)
+    while len(view):
+        view = view[fs.write(file, view) :]
+
+
+def sync_directory(directory: str | Path, fs: FileSystem = os) -> None:
+    """Make the names in a directory survive a power cut.
+
+    Raises
+    ------
+    OSError
+        If that fails, except on a file system that cannot sync directories.
+    """
+    descriptor = fs.open(str(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fs.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        fs.close(descriptor)
