@@ -1,7 +1,10 @@
 """What peak finders find in measured shots, whose peaks nobody has planted.
 
-    python -m benchmarks.accuracy.real_shots --shots ../shared/realdata [--pictures runs/pictures]
+    python -m benchmarks.accuracy.real_shots --shots '../shared/realdata/idx-*.npz'
+        --geometry ../shared/realdata/thermolysin_cspad.geom
+        --cell ../shared/realdata/thermolysin.cell
         [--config configs/models/peaknet_small.yaml@WEIGHTS ...] [--device cuda]
+        [--pictures runs/pictures]
 
 The judge is the lattice: an orientation of the known cell that indexes far more peaks than it
 would of random ones shows that the peaks are Bragg peaks. Once the lattice is known, every finder's
@@ -11,8 +14,9 @@ that do not lie on it tell how many are false (`estimate`). That takes each shot
 ``--sweep 3 4 5`` adds `LocalSnr` with other thresholds to the second table: a network should have
 more Bragg peaks than the one that is as precise.
 
-The folder holds npz files with ``data`` (P, H, W), one CrystFEL geometry and one cell file. The
-photon energy, where neither states it, is the one at which most of LocalSnr's peaks are indexed.
+The shots are npz files with ``data`` (P, H, W) or (H, W), all of one detector. A CrystFEL geometry
+and a cell file that stand alone in their folder need not be named. The photon energy, where neither
+option nor geometry states it, is the one at which most of LocalSnr's peaks are indexed.
 Pictures show circles in one colour a finder, in the order of the table.
 """
 
@@ -255,11 +259,29 @@ def draw(
     print(f"\npictures in {folder}: {legend}; stamps are numbered in that order from 0")
 
 
-def only(folder: Path, pattern: str) -> Path:
-    """Return the one file of a folder that matches, or say what is wrong."""
+def read_shots(shots: Path) -> dict[str, Image]:
+    """Read the shots of a folder or of a pattern, by name; (P, H, W), all of one shape."""
+    folder, pattern = (shots, "*.npz") if shots.is_dir() else (shots.parent, shots.name)
+    images: dict[str, Image] = {}
+    for path in sorted(folder.glob(pattern)):
+        image = np.load(path)["data"]
+        images[path.stem] = image[None] if image.ndim == 2 else image
+    shapes = {image.shape for image in images.values()}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{shots}: shots of one detector are needed, but these have shapes {sorted(shapes)}; "
+            "choose some by a pattern, as --shots 'FOLDER/NAME*.npz'"
+        )
+    return images
+
+
+def only(shots: Path, pattern: str, option: str) -> Path:
+    """Return the one file beside the shots that matches, or say how to choose one."""
+    folder = shots if shots.is_dir() else shots.parent
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise FileNotFoundError(f"{folder} has {len(found)} files {pattern}; there must be one")
+        names = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(f"{folder} has {names}; name one {pattern} file with {option}")
     return found[0]
 
 
@@ -268,7 +290,9 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", action="append", default=[], metavar="PATH[@WEIGHTS]")
-    parser.add_argument("--shots", type=Path, required=True)
+    parser.add_argument("--shots", type=Path, required=True, metavar="FOLDER|PATTERN")
+    parser.add_argument("--geometry", type=Path, metavar="GEOM")
+    parser.add_argument("--cell", type=Path)
     parser.add_argument("--photon-energy-ev", type=float)
     parser.add_argument(
         "--energy-range-ev",
@@ -286,10 +310,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=4)
     arguments = parser.parse_args(words)
 
-    paths = sorted(arguments.shots.glob("*.npz"))
-    images = [np.load(path)["data"] for path in paths]
-    geometry = read_geometry(only(arguments.shots, "*.geom"), images[0].shape[1])
-    cell = read_cell(only(arguments.shots, "*.cell"))
+    shots = read_shots(arguments.shots)
+    stems, images = list(shots), list(shots.values())
+    geometry_path = arguments.geometry or only(arguments.shots, "*.geom", "--geometry")
+    geometry = read_geometry(geometry_path, images[0].shape[1])
+    cell = read_cell(arguments.cell or only(arguments.shots, "*.cell", "--cell"))
     search = LatticeSearch(cell, device=arguments.device)
     chosen: list[Candidate] = candidates(arguments.config)
     num_judged = len(chosen)
@@ -307,7 +332,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     report = Report(search, geometry, arguments.random_lists)
     first, last, step = arguments.energy_range_ev
-    for k, (path, image) in enumerate(zip(paths, images, strict=True)):
+    for k, (stem, image) in enumerate(zip(stems, images, strict=True)):
         here = [peaks[k] for peaks in found]
         others = [
             np.concatenate([peaks[j] for j in range(len(images)) if j != k] or [np.empty((0, 3))])
@@ -317,13 +342,13 @@ def main(words: Sequence[str] | None = None) -> int:
         if energy is None:
             energies = np.arange(first, last + step / 2, step).tolist()
             energy = best_energy(search, geometry, here[reference], energies)
-        print(f"\n### {path.stem}\n")
+        print(f"\n### {stem}\n")
         indexed = report.print_shot(names, here, others, reference, energy, num_judged)
         if arguments.pictures is not None:
             drawn = slice(num_judged)
             draw(
                 arguments.pictures,
-                path.stem,
+                stem,
                 image,
                 geometry,
                 names[drawn],

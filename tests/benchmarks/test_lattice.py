@@ -292,7 +292,7 @@ def test_circles_lie_about_their_peaks_wherever_the_panel_is(tmp_path: Path) -> 
 
 @needs_real_shots
 def test_the_panels_of_the_measured_shots_are_the_geometrys() -> None:
-    geometry = read_geometry(next(REAL_DATA.glob("*.geom")), height=185)
+    geometry = read_geometry(REAL_DATA / "thermolysin_cspad.geom", height=185)
     grid = np.indices((32, 185, 388)).reshape(3, -1).T.astype(np.float64)
     assert (geometry.piece_of(grid) >= 0).all()
     assert len(geometry.pieces) == 64
@@ -302,12 +302,11 @@ def test_the_panels_of_the_measured_shots_are_the_geometrys() -> None:
 def test_local_snrs_peaks_of_a_measured_shot_are_indexed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in REAL_DATA.iterdir():
-        if "858401" not in path.name:
-            (tmp_path / path.name).symlink_to(path)
     # A coarser search than usual, which the 49 peaks do not mind.
     monkeypatch.setattr(real_shots, "LatticeSearch", lambda cell, device: LatticeSearch(cell, 0.22))
-    words = ["--shots", str(tmp_path), "--photon-energy-ev", "9790", "--random-lists", "3"]
+    words = ["--shots", str(REAL_DATA / "idx-*801.npz"), "--random-lists", "3"]
+    words += ["--geometry", str(REAL_DATA / "thermolysin_cspad.geom")]
+    words += ["--cell", str(REAL_DATA / "thermolysin.cell"), "--photon-energy-ev", "9790"]
     assert real_shots.main([*words, "--pictures", str(tmp_path / "pictures")]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "| LocalSnr |" in line)
     assert row.endswith("| yes |")
@@ -317,3 +316,19 @@ def test_local_snrs_peaks_of_a_measured_shot_are_indexed(
         "0_on_lattice.png",
         "0_off_lattice.png",
     }
+
+
+def test_shots_and_their_geometry_are_chosen_where_a_folder_has_several(tmp_path: Path) -> None:
+    for name, shape in (("a-1", (2, 4, 5)), ("a-2", (2, 4, 5)), ("b", (6, 7))):
+        np.savez(tmp_path / f"{name}.npz", data=np.zeros(shape))
+    with pytest.raises(ValueError, match="choose some by a pattern"):
+        real_shots.read_shots(tmp_path)
+    assert list(real_shots.read_shots(tmp_path / "a-*.npz")) == ["a-1", "a-2"]
+    assert real_shots.read_shots(tmp_path / "b.npz")["b"].shape == (1, 6, 7)
+    with pytest.raises(FileNotFoundError, match="has none; name one .* with --geometry"):
+        real_shots.only(tmp_path, "*.geom", "--geometry")
+    (tmp_path / "one.geom").touch()
+    assert real_shots.only(tmp_path / "a-*.npz", "*.geom", "--geometry").name == "one.geom"
+    (tmp_path / "two.geom").touch()
+    with pytest.raises(FileNotFoundError, match="has one.geom, two.geom; name one"):
+        real_shots.only(tmp_path, "*.geom", "--geometry")

@@ -456,7 +456,7 @@ def test_real_cspad_shots(
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
     feed = start(
         *("feed", "--address", cluster, "--queue.name", queues[0]),
-        *("--source", "NpzSource", "--source.path", REAL_DATA / "*.npz"),
+        *("--source", "NpzSource", "--source.path", REAL_DATA / "idx-*.npz"),
         *("--source.photon_energy_ev", 9500),
         cwd=tmp_path,
     )
@@ -469,7 +469,7 @@ def test_real_cspad_shots(
         cwd=tmp_path,
     )
     finish(writer)
-    source = list(NpzSource(str(REAL_DATA / "*.npz"), photon_energy_ev=9500.0).events())
+    source = list(NpzSource(str(REAL_DATA / "idx-*.npz"), photon_energy_ev=9500.0).events())
     read = list(events(tmp_path / "cxi"))
     assert len(read) == len(source) == 2
     for event, (_, image, _) in zip(read, source, strict=True):

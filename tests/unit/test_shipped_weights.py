@@ -18,7 +18,7 @@ from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.sources import Simulator
 
 ROOT = Path(__file__).parents[2]
-REAL_SHOTS = sorted((ROOT.parent / "shared" / "realdata").glob("*.npz"))
+REAL_SHOTS = sorted((ROOT.parent / "shared" / "realdata").glob("idx-*.npz"))
 
 
 @pytest.fixture(scope="module")
