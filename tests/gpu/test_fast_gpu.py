@@ -18,15 +18,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from peaknet_predict.models import PeakNet
 from peaknet_predict.models.fast import FastPeakNet, form, ops
-from peaknet_predict.module import PeakNetModule, PendingPeaks
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Pad
-from tests.gpu.test_module_gpu import Batches, make_batches
-from tests.gpu.test_module_gpu import predict as run_batches
-from tests.unit.test_fast import ATTO, THREE_STAGES, TINY, perturbed
+from tests.helpers.networks import ATTO, THREE_STAGES, TINY, perturbed
+from tests.helpers.prediction import noisy_batches, predict
 
 pytestmark = [
     pytest.mark.gpu,
@@ -312,9 +310,9 @@ def make(**arguments: Any) -> PeakNetModule:
 def test_the_module_finds_the_peaks_of_the_fast_logits(precision: str, said: Any) -> None:
     from peaknet_predict.peaks.finder import PeakFinder
 
-    (batch,) = make_batches([4], 4, (3, 192, 256))
+    (batch,) = noisy_batches([4], 4, (3, 192, 256))
     module = make()
-    (found,) = run_batches(module, [batch], accelerator="gpu", precision=precision)
+    (found,) = predict(module, [batch], accelerator="gpu", precision=precision)
     assert "the fast PeakNet runs, in bfloat16 on NVIDIA" in said.text
     with torch.inference_mode():
         fast = FastPeakNet(perturbed(**TINY)).to(DEVICE)
@@ -329,8 +327,8 @@ def test_the_module_finds_the_peaks_of_the_fast_logits(precision: str, said: Any
 
 
 def test_with_float32_the_plain_network_runs_and_the_log_says_why(said: Any) -> None:
-    batches = make_batches([2], 2, (3, 185, 250))
-    run_batches(make(), batches, accelerator="gpu", precision="32-true")
+    batches = noisy_batches([2], 2, (3, 185, 250))
+    predict(make(), batches, accelerator="gpu", precision="32-true")
     assert "the plain PeakNet runs: precision is 32-true" in said.text
 
 
@@ -343,11 +341,11 @@ def test_kernels_that_do_not_compile_leave_it_to_the_plain_network(
         raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture")
 
     monkeypatch.setattr(cuda_ops, "_depthwise_kernels", broken)
-    batches = make_batches([2, 2], 2, (3, 185, 250))
-    settings = {"accelerator": "gpu", "precision": "bf16-true"}
-    found = run_batches(make(), batches, **settings)
+    batches = noisy_batches([2, 2], 2, (3, 185, 250))
+    settings: dict[str, Any] = {"accelerator": "gpu", "precision": "bf16-true"}
+    found = predict(make(), batches, **settings)
     assert "the plain one takes its place, which is slower: RuntimeError: nvrtc" in said.text
-    plain = run_batches(make(fast=False), batches, **settings)
+    plain = predict(make(fast=False), batches, **settings)
     for these, those in zip(found, plain, strict=True):
         for this, that in zip(these.results, those.results, strict=True):
             np.testing.assert_array_equal(this.peaks, that.peaks)
@@ -355,7 +353,7 @@ def test_kernels_that_do_not_compile_leave_it_to_the_plain_network(
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_steady_state_step_never_waits(compile: bool, said: Any) -> None:
-    batches = make_batches([4] * 12, 4, (3, 185, 250))
+    batches = noisy_batches([4] * 12, 4, (3, 185, 250))
 
     class Strict(L.Callback):
         """From the fourth batch on, anything that waits for the device is an error."""
@@ -367,25 +365,11 @@ def test_a_steady_state_step_never_waits(compile: bool, said: Any) -> None:
         def on_predict_batch_end(self, *args: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    pending: list[PendingPeaks] = []
-
-    class Collect(L.Callback):
-        def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-            pending.append(outputs)
-
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-true",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[Strict(), Collect()],
-        limit_predict_batches=10**9,
-    )
-    loader = DataLoader(Batches(batches), batch_size=None)
     try:
-        trainer.predict(make(compile=compile), loader, return_predictions=False)
+        found = predict(
+            make(compile=compile), batches, [Strict()], accelerator="gpu", precision="bf16-true"
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert "the fast PeakNet runs" in said.text
-    assert [r.id.idx for p in pending for r in p.result().results] == list(range(48))
+    assert [r.id.idx for b in found for r in b.results] == list(range(48))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from peaknet_predict.models import LocalSnr
-from peaknet_predict.module import PeakNetModule, PendingPeaks
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Pad
-from peaknet_predict.types import Event, EventBatch, EventId, PeakBatch
+from peaknet_predict.types import PeakBatch
+from tests.helpers.prediction import noisy_batches, predict, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,62 +54,6 @@ class Steps(nn.Module):
         ).to(images_N1HW.dtype)
 
 
-class Batches(IterableDataset[EventBatch]):
-    def __init__(self, batches: list[EventBatch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-
-class Collect(L.Callback):
-    def __init__(self) -> None:
-        self.pending: list[PendingPeaks] = []
-
-    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-        self.pending.append(outputs)
-
-
-def make_batches(
-    sizes: list[int], batch_size: int, shape: tuple[int, int, int], dtype: str = "float32"
-) -> list[EventBatch]:
-    # A fixed seed: the devices' sums differ in the last bits, and in some data a pixel lies so
-    # close to the threshold that its class depends on them. The finder's own tests take fresh data.
-    random = np.random.default_rng(7)
-    batches, idx = [], 0
-    for size in sizes:
-        events = []
-        images = torch.zeros((batch_size, *shape), dtype=getattr(torch, dtype)).pin_memory()
-        for row in range(size):
-            image = random.poisson(3.0, shape).astype(dtype)
-            for _ in range(20):
-                panel, y, x = (int(random.integers(0, n)) for n in (shape[0], 1000, 1000))
-                y, x = 1 + y % (shape[1] - 2), 1 + x % (shape[2] - 2)
-                image[panel, y - 1 : y + 2, x - 1 : x + 2] += 60
-            if image.dtype.kind == "f":
-                image[0, 0, : row % 4] = np.nan
-            images[row] = torch.from_numpy(image)
-            events.append(Event(EventId("s", 0, idx), image, 9000.0 + idx))
-            idx += 1
-        batches.append(EventBatch(images, events, []))
-    return batches
-
-
-def predict(module: PeakNetModule, batches: list[EventBatch], **settings: Any) -> list[PeakBatch]:
-    collect = Collect()
-    trainer = L.Trainer(
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[collect],
-        limit_predict_batches=10**9,
-        **settings,
-    )
-    loader = DataLoader(Batches(batches), batch_size=None)
-    trainer.predict(module, loader, return_predictions=False)
-    return [pending.result() for pending in collect.pending]
-
-
 def module(net: nn.Module, **settings: Any) -> PeakNetModule:
     return PeakNetModule(
         net, [Pad(192, 256, "center"), InstanceNorm(), MergeBatchChannelDims()], **settings
@@ -129,7 +73,7 @@ def assert_same(these: list[PeakBatch], those: list[PeakBatch]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "uint16", "int32", "float64"])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_the_gpu_gives_the_cpus_peaks(coarse: bool, dtype: str) -> None:
-    batches = make_batches([4, 4, 4, 4, 1], 4, (3, 185, 250), dtype)
+    batches = noisy_batches([4, 4, 4, 4, 1], 4, (3, 185, 250), dtype)
     on_cpu = predict(module(Steps(False)), batches, accelerator="cpu")
     on_gpu = predict(module(Steps(coarse)), batches, accelerator="gpu")
     assert sum(len(r.peaks) for b in on_cpu for r in b.results) > 50
@@ -137,14 +81,14 @@ def test_the_gpu_gives_the_cpus_peaks(coarse: bool, dtype: str) -> None:
 
 
 def test_repeat_runs_are_equal_bit_for_bit_compiled_or_not() -> None:
-    batches = make_batches([4] * 6 + [2], 4, (3, 185, 250))
+    batches = noisy_batches([4] * 6 + [2], 4, (3, 185, 250))
     first = predict(module(LocalSnr()), batches, accelerator="gpu")
     assert_same(predict(module(LocalSnr()), batches, accelerator="gpu"), first)
     assert sum(len(r.peaks) for b in first for r in b.results) > 50
 
 
 def test_a_steady_state_step_never_waits() -> None:
-    batches = make_batches([4] * 12, 4, (3, 185, 250))
+    batches = noisy_batches([4] * 12, 4, (3, 185, 250))
 
     class Strict(L.Callback):
         """From the fourth batch on, anything that waits for the device is an error."""
@@ -156,27 +100,20 @@ def test_a_steady_state_step_never_waits() -> None:
         def on_predict_batch_end(self, *args: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    collect = Collect()
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[Strict(), collect],
-        limit_predict_batches=10**9,
-    )
-    loader = DataLoader(Batches(batches), batch_size=None)
     try:
-        trainer.predict(
-            module(Steps(True), compile=True, num_overlap=3), loader, return_predictions=False
+        found = predict(
+            module(Steps(True), compile=True, num_overlap=3),
+            batches,
+            [Strict()],
+            accelerator="gpu",
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [r.id.idx for p in collect.pending for r in p.result().results] == list(range(48))
+    assert [r.id.idx for b in found for r in b.results] == list(range(48))
 
 
 def test_memory_is_flat_over_ten_thousand_batches() -> None:
-    batches = make_batches([2] * 4, 2, (2, 60, 60)) * 2500
+    batches = noisy_batches([2] * 4, 2, (2, 60, 60)) * 2500
     on_device: list[int] = []
     on_host_kb: list[int] = []
 
@@ -186,19 +123,10 @@ def test_memory_is_flat_over_ten_thousand_batches() -> None:
                 on_device.append(torch.cuda.memory_allocated())
                 on_host_kb.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4)
 
-    trainer = L.Trainer(
-        accelerator="gpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[Watch()],
-        limit_predict_batches=10**9,
-    )
-    loader = DataLoader(Batches(batches), batch_size=None)
     net = PeakNetModule(
         Steps(True), [Pad(64, 64), InstanceNorm(), MergeBatchChannelDims()], num_overlap=3
     )
-    trainer.predict(net, loader, return_predictions=False)
+    run(net, batches, [Watch()], accelerator="gpu")
     assert len(on_device) == 10
     assert len(set(on_device)) == 1, on_device
     assert on_host_kb[-1] - on_host_kb[1] < 20_000, on_host_kb

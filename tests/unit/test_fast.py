@@ -24,54 +24,17 @@ from peaknet_predict.models import PeakNet
 from peaknet_predict.models.fast import FastForm, FastPeakNet, form, ops, unsupported
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.types import EventBatch
-from tests.unit.test_module import Plain, batch, chain, predict, shot
-from tests.unit.test_peaknet import golden, small_peaknet
-
-TINY: dict[str, Any] = {
-    "hidden_sizes": (16, 32, 48, 64),
-    "depths": (1, 2, 1, 1),
-    "bifpn_features": 32,
-    "head_channels": 32,
-    "head_groups": 8,
-}
-THREE_STAGES: dict[str, Any] = {
-    "hidden_sizes": (16, 24, 40),
-    "depths": (1, 1, 2),
-    "bifpn_features": 24,
-    "head_channels": 32,
-    "head_groups": 4,
-}
-TWO_STAGES: dict[str, Any] = {
-    "hidden_sizes": (8, 16),
-    "depths": (1, 1),
-    "bifpn_features": 16,
-    "bifpn_base_level": 2,
-    "head_channels": 16,
-    "head_groups": 1,
-}
-ATTO: dict[str, Any] = {
-    "hidden_sizes": (40, 80, 160, 320),
-    "depths": (2, 2, 6, 2),
-    "bifpn_features": 64,
-    "bifpn_blocks": 2,
-    "head_channels": 64,
-}
-
-
-def perturbed(seed: int = 0, **sizes: Any) -> PeakNet:
-    """Return a network of which no parameter has a special value."""
-    torch.manual_seed(seed)
-    net = PeakNet(**sizes).eval()
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if name.endswith(("w_m", "w_q")):
-                parameter.uniform_(-0.3, 2.0)  # some below zero: their ReLU must not be lost
-            elif parameter.ndim == 1 or "grn" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:
-                fan_in = parameter[0].numel()
-                parameter.normal_(std=fan_in**-0.5)
-    return net
+from tests.helpers.networks import (
+    ATTO,
+    THREE_STAGES,
+    TINY,
+    TWO_STAGES,
+    Plain,
+    golden,
+    perturbed,
+    small_peaknet,
+)
+from tests.helpers.prediction import batch, chain, predict, shot
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -693,13 +656,5 @@ def test_lightning_rounds_parameters_between_setup_and_start() -> None:
         def on_predict_start(self, trainer: Any, module: Any) -> None:
             seen["start"] = next(module.parameters()).dtype
 
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision="bf16-true",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[Watch()],
-    )
-    loader: Any = torch.utils.data.DataLoader(images(), batch_size=None)  # type: ignore[arg-type]
-    trainer.predict(make(), loader, return_predictions=False)
+    predict(make(), images(), [Watch()], precision="bf16-true")
     assert seen == {"setup": torch.float32, "start": torch.bfloat16}

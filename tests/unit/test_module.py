@@ -3,92 +3,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.pending import PendingPeaks
-from peaknet_predict.preprocess import (
-    Crop,
-    InstanceNorm,
-    MergeBatchChannelDims,
-    Pad,
-    Patchify,
-    Transform,
-)
-from peaknet_predict.types import Event, EventBatch, EventId, PeakBatch, Refusal
-
-
-class Plain(nn.Module):
-    """Peak where a pixel stands 3 standard deviations above the mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.0, 1.0]))
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        return (images_N1HW - 3) * self.weight.reshape(1, 2, 1, 1)
-
-
-class Bright(nn.Module):
-    """The same, remembering what it was given, and particular about the width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.0, 1.0]))
-        self.seen_shapes: list[tuple[int, ...]] = []
-        self.seen_dtypes: list[torch.dtype] = []
-
-    def check_shape(self, height: int, width: int) -> None:
-        if width % 4:
-            raise ValueError("width must be a multiple of 4; use Pad")
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        self.seen_shapes.append(tuple(images_N1HW.shape))
-        self.seen_dtypes.append(images_N1HW.dtype)
-        return (images_N1HW - 3) * self.weight.reshape(1, 2, 1, 1)
-
-
-def shot(
-    idx: int, spots: list[tuple[int, int, int]], shape: tuple[int, ...] = (2, 32, 40)
-) -> Event:
-    image = np.zeros(shape, np.float32)
-    for panel, y, x in spots:
-        image.reshape(-1, *shape[-2:])[panel, y, x] = 100.0
-    return Event(EventId("s", 0, idx), image, 9000.0 + idx)
-
-
-def batch(events: list[Event], size: int, refused: list[Refusal] | None = None) -> EventBatch:
-    images = torch.zeros((size, *events[0].image.shape)) if events else torch.empty((0, 0, 0, 0))
-    for row, event in enumerate(events):
-        images[row] = torch.from_numpy(event.image)
-    return EventBatch(images, events, refused or [])
-
-
-class Collect(L.Callback):
-    def __init__(self) -> None:
-        self.pending: list[PendingPeaks] = []
-
-    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-        self.pending.append(outputs)
-
-
-def predict(module: PeakNetModule, batches: list[EventBatch], **settings: Any) -> list[PeakBatch]:
-    collect = Collect()
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[collect], **settings
-    )
-    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    trainer.predict(module, loader, return_predictions=False)
-    return [pending.result() for pending in collect.pending]
-
-
-def chain(*first: Transform) -> list[Transform]:
-    return [*first, InstanceNorm(), MergeBatchChannelDims()]
+from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
+from peaknet_predict.types import EventBatch, Refusal
+from tests.helpers.networks import Bright, Plain
+from tests.helpers.prediction import batch, chain, predict, shot
 
 
 def test_peaks_come_back_with_their_events_in_order() -> None:

@@ -7,37 +7,12 @@ some sums; a few roundings of 1e-7 in about 20 layers allow 1e-5 of the largest 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from peaknet_predict.models import PeakNet
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def small_peaknet(weights: str | None = str(GOLDEN / "peaknet_small.safetensors")) -> PeakNet:
-    sizes = json.loads((GOLDEN / "peaknet_small.json").read_text())
-    return PeakNet(
-        hidden_sizes=sizes["hidden_sizes"],
-        depths=sizes["depths"],
-        bifpn_features=sizes["num_features"],
-        bifpn_blocks=sizes["num_blocks"],
-        bifpn_base_level=sizes["base_level"],
-        head_channels=sizes["out_channels"],
-        head_groups=sizes["num_groups"],
-        num_classes=sizes["num_classes"],
-        learned_upsample=sizes["uses_learned_upsample"],
-        weights=weights,
-    ).eval()
-
-
-def golden() -> tuple[Tensor, Tensor]:
-    with np.load(GOLDEN / "peaknet_small.npz") as arrays:
-        return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
+from tests.helpers.networks import GOLDEN, golden, small_peaknet
 
 
 def tiny_peaknet(learned_upsample: bool = False) -> PeakNet:
