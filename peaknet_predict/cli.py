@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 from jsonargparse import ArgumentParser
-from lightning import LightningDataModule, LightningModule
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from peaknet_predict.cxi.writer import CxiWriteError
 from peaknet_predict.process.balance import (
@@ -23,8 +18,6 @@ from peaknet_predict.process.balance import (
     BalanceError,
     SurvivedError,
 )
-from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
-from peaknet_predict.process.supervise import Layout, note_started, supervise
 from peaknet_predict.queues import ClusterError, QueueError
 
 log = logging.getLogger("peaknet_predict")
@@ -42,134 +35,6 @@ exit codes: 0 done, every event accounted for; 1 could not do it, the log's last
             2 wrong command line or configuration; 3 ended, but interrupted or incomplete;
             4 every event accounted for, but a process of the run died and others did its work
 """
-
-
-class PredictCLI(LightningCLI):
-    """Lightning's command line, cut down to prediction on streams."""
-
-    exit_code = 0
-
-    def __init__(self, args: Sequence[str] | None) -> None:
-        self._words = list(sys.argv[1:] if args is None else args)
-        for harmless in _HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=harmless)
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=False,
-            save_config_callback=None,
-            trainer_defaults={
-                # A stream has no length, and Lightning fetches one batch ahead of a loader without
-                # one: batch N would wait for batch N+1. Any finite limit switches that off.
-                "limit_predict_batches": 10**9,
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "use_distributed_sampler": False,
-            },
-            args=None if args is None else list(args),
-        )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Offer ``predict`` alone, without the parameters that a stream cannot have.
-
-        Nor with a checkpoint: Lightning would put its settings in place of the configuration's.
-        Weights are an argument of the network.
-        """
-        hidden = {"model", "dataloaders", "datamodule", "return_predictions"}
-        return {"predict": hidden | {"ckpt_path", "weights_only"}}
-
-    def predict(self, **kwargs: Any) -> None:
-        """Run the prediction; results leave through the writer and are never kept.
-
-        Several ranks on this machine become processes under a supervisor, which this one is.
-        """
-        layout = self._layout()
-        if layout is not None:
-            grace_s = getattr(self.datamodule, "grace_s", GRACE_S)
-            self.exit_code = supervise(self._words, layout, grace_s)
-            return
-        self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
-        # What there is to finish begins with the first lease, in a block of the dataset's own.
-        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S), begun=False) as stop:
-            try:
-                self.trainer.predict(**kwargs, return_predictions=False)
-            except SystemExit:
-                # What Lightning makes of a KeyboardInterrupt.
-                if stop.at_once:
-                    raise KeyboardInterrupt from None
-                raise
-
-    def _layout(self) -> Layout | None:
-        """Return the ranks to be started here; None if this is one, or the only one."""
-        launcher = self.trainer.strategy.launcher
-        if not isinstance(launcher, _SubprocessScriptLauncher):
-            return None
-        environment = launcher.cluster_environment
-        if environment.creates_processes_externally or launcher.num_processes < 2:
-            return None
-        return Layout(
-            launcher.num_processes,
-            launcher.num_processes * launcher.num_nodes,
-            environment.node_rank(),
-            environment.main_address,
-            environment.main_port,
-        )
-
-
-class FitCLI(LightningCLI):
-    """Lightning's command line, cut down to training."""
-
-    def __init__(self, args: Sequence[str] | None) -> None:
-        for harmless in _HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=harmless)
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                # Nothing has been averaged before the first step, and validation takes its time.
-                "num_sanity_val_steps": 0,
-                # The data give every process batches of its own.
-                "use_distributed_sampler": False,
-            },
-            args=None if args is None else list(args),
-        )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Offer ``fit`` alone."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
-        }
-
-
-class _Started(L.Callback):
-    """Tells the supervisor when this rank needs no other any more."""
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning's handler of SIGTERM talks to the other ranks, which may be gone.
-        listen_again()
-        note_started(trainer.local_rank)
-
-
-_HARMLESS_WARNINGS = (
-    # The batch's identity travels in the batch itself.
-    "Couldn't infer the batch indices",
-    # That is the point: predict_step moves the pixels without waiting.
-    "You have overridden `transfer_batch_to_device`",
-    # Between Lightning and torch; nothing a user could change.
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # Batches are made where the queue is read; worker processes would only copy them.
-    r"The '\w+_dataloader' does not have many workers",
-)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -208,16 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
         log.error("%s", error)
         return EXIT_FAILED
-    except MisconfigurationException as error:
-        # Lightning's, of the trainer's settings: most often a GPU that is not there.
-        log.error(
-            "the trainer cannot be made: %s. `peaknet-predict doctor` says what this machine has; "
-            "-c configs/topology/cpu.yaml needs no GPU",
-            str(error).strip().rstrip(".!"),
-        )
-        return EXIT_FAILED
     except ValueError as error:
-        # Of a setting, nearly always: the sentence is what helps, a traceback hides it.
+        # A wrong setting, nearly always: the sentence is what helps, a traceback hides it.
         log.error("%s", error)
         log.debug("where that was", exc_info=True)
         return EXIT_FAILED
@@ -232,12 +89,32 @@ def run() -> None:
 
 
 def _predict(args: list[str] | None) -> int:
-    return PredictCLI(args).exit_code
+    from peaknet_predict.lightning_cli import PredictCLI
+
+    with _trainer_errors():
+        return PredictCLI(args).exit_code
 
 
 def _fit(args: list[str] | None) -> int:
-    trainer = FitCLI(args).trainer
+    from peaknet_predict.lightning_cli import FitCLI
+
+    with _trainer_errors():
+        trainer = FitCLI(args).trainer
     return EXIT_INCOMPLETE if trainer.interrupted else 0
+
+
+@contextmanager
+def _trainer_errors() -> Iterator[None]:
+    """Turn Lightning's complaints about the trainer's settings into what to do about them."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as error:  # most often a GPU that is not there
+        raise ValueError(
+            f"the trainer cannot be made: {str(error).strip().rstrip('.!')}. `peaknet-predict "
+            "doctor` says what this machine has; -c configs/topology/cpu.yaml needs no GPU"
+        ) from error
 
 
 def _export(args: list[str]) -> int:
@@ -287,7 +164,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    settings: dict[str, Any] = parser.instantiate(parser.parse_args(args)).as_dict()
     settings.pop("config", None)
     return settings
 

@@ -290,7 +290,7 @@ def _trains(config: list[str]) -> bool:
 
 
 def _check_configuration(config: list[str]) -> Iterator[Finding]:
-    from peaknet_predict.cli import FitCLI, PredictCLI
+    from peaknet_predict.lightning_cli import FitCLI, PredictCLI
 
     class Prediction(PredictCLI):
         """Everything is made; nothing runs."""

@@ -59,10 +59,9 @@ def configuration(directory: Path, cluster: str, name: str) -> Path:
 
 def start(directory: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
     environment = {key: value for key, value in os.environ.items() if key[:4] != "RAY_"}
-    program = "from peaknet_predict.cli import run; run()"
     with open(directory / f"{name}.log", "wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", program, *words],
+            [sys.executable, "-P", "-m", "peaknet_predict", *words],
             cwd=directory,
             env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
             stdout=log,

@@ -49,13 +49,11 @@ class Layout:
     main_port: int
 
 
-def rank_process() -> None:
-    """Be a rank, for the supervisor that started this process."""
-    # Until it works it may wait for other ranks, and hears no request to stop.
-    _end_with_parent(signal.SIGKILL)
-    from peaknet_predict.cli import run
-
-    run()
+def stay_with_supervisor() -> None:
+    """Let this process die with its supervisor, if it has one."""
+    if _SUPERVISOR in os.environ:
+        # SIGKILL: until it works it may wait for other ranks, and hears no request to stop.
+        _end_with_parent(signal.SIGKILL)
 
 
 def note_started(rank: int) -> None:
@@ -135,10 +133,10 @@ class _Ranks:
             _STARTED: str(started),
             _SUPERVISOR: str(os.getpid()),
         }
-        program = "from peaknet_predict.process.supervise import rank_process; rank_process()"
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-c", program, *words],
+                # -P: a file in the working directory must not take the place of a library.
+                [sys.executable, "-P", "-m", "peaknet_predict", *words],
                 env=os.environ | shared | {"LOCAL_RANK": str(rank)},
                 # A session of its own: Ctrl-C reaches it through the supervisor, once.
                 start_new_session=True,

@@ -1,0 +1,143 @@
+"""Lightning's command line, cut down to what ``predict`` and ``fit`` need."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
+from peaknet_predict.process.supervise import Layout, note_started, supervise
+
+_HARMLESS_WARNINGS = (
+    # The batch's identity travels in the batch itself.
+    "Couldn't infer the batch indices",
+    # That is the point: predict_step moves the pixels without waiting.
+    "You have overridden `transfer_batch_to_device`",
+    # Between Lightning and torch; nothing a user could change.
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Batches are made where the queue is read; worker processes would only copy them.
+    r"The '\w+_dataloader' does not have many workers",
+)
+
+
+class PredictCLI(LightningCLI):
+    """Lightning's command line, cut down to prediction on streams."""
+
+    exit_code = 0
+
+    def __init__(self, args: Sequence[str] | None) -> None:
+        self._words = list(sys.argv[1:] if args is None else args)
+        for harmless in _HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=harmless)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            save_config_callback=None,
+            trainer_defaults={
+                # A stream has no length, and Lightning fetches one batch ahead of a loader without
+                # one: batch N would wait for batch N+1. Any finite limit switches that off.
+                "limit_predict_batches": 10**9,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "use_distributed_sampler": False,
+            },
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer ``predict`` alone, without the parameters that a stream cannot have.
+
+        Nor with a checkpoint: Lightning would put its settings in place of the configuration's.
+        Weights are an argument of the network.
+        """
+        hidden = {"model", "dataloaders", "datamodule", "return_predictions"}
+        return {"predict": hidden | {"ckpt_path", "weights_only"}}
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run the prediction; results leave through the writer and are never kept.
+
+        Several ranks on this machine become processes under a supervisor, which this one is.
+        """
+        layout = self._layout()
+        if layout is not None:
+            grace_s = getattr(self.datamodule, "grace_s", GRACE_S)
+            self.exit_code = supervise(self._words, layout, grace_s)
+            return
+        self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
+        # What there is to finish begins with the first lease, in a block of the dataset's own.
+        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S), begun=False) as stop:
+            try:
+                self.trainer.predict(**kwargs, return_predictions=False)
+            except SystemExit:
+                # What Lightning makes of a KeyboardInterrupt.
+                if stop.at_once:
+                    raise KeyboardInterrupt from None
+                raise
+
+    def _layout(self) -> Layout | None:
+        """Return the ranks to be started here; None if this is one, or the only one."""
+        launcher = self.trainer.strategy.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            return None
+        environment = launcher.cluster_environment
+        if environment.creates_processes_externally or launcher.num_processes < 2:
+            return None
+        return Layout(
+            launcher.num_processes,
+            launcher.num_processes * launcher.num_nodes,
+            environment.node_rank(),
+            environment.main_address,
+            environment.main_port,
+        )
+
+
+class FitCLI(LightningCLI):
+    """Lightning's command line, cut down to training."""
+
+    def __init__(self, args: Sequence[str] | None) -> None:
+        for harmless in _HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=harmless)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                # Nothing has been averaged before the first step, and validation takes its time.
+                "num_sanity_val_steps": 0,
+                # The data give every process batches of its own.
+                "use_distributed_sampler": False,
+            },
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer ``fit`` alone."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        }
+
+
+class _Started(L.Callback):
+    """Tells the supervisor when this rank needs no other any more."""
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's handler of SIGTERM talks to the other ranks, which may be gone.
+        listen_again()
+        note_started(trainer.local_rank)
