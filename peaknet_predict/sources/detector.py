@@ -1,4 +1,4 @@
-"""A flat detector of equal panels: where its pixels are, what it sees, how it is read out.
+"""A flat detector of equal panels: pixel positions, smooth scattering and readout.
 
 Detector coordinates are y (slow scan, downwards) and x (fast scan) in pixels from the beam.
 """
@@ -18,10 +18,10 @@ HOT_PHOTONS = (100.0, 1000.0)
 """Range of the constant signal of hot pixels, in photons."""
 
 PANEL_GAP_PX = 8
-"""Insensitive pixels between neighbouring panels; the grid's middle is where the beam passes."""
+"""Insensitive pixels between neighbouring panels; the beam passes the middle of the grid."""
 
 WATER_RING_Q = 2.0 / (2.0 * math.pi)
-"""1/d of the first maximum of liquid water's structure factor, 2.0 inverse Angstrom in 4 pi
+"""1/d of the first maximum of the structure factor of liquid water: 2.0 inverse Angstrom in 4 pi
 sin(theta) / wavelength at room temperature (Clark et al., PNAS 107 (2010) 14003)."""
 
 WATER_RING_WIDTH = 0.045
@@ -76,7 +76,7 @@ class TiledDetector:
         return math.atan(math.hypot(y, x) / self.distance_px)
 
     def project(self, k_M3: Floats) -> tuple[Floats, Floats]:
-        """Find where rays from the sample cross the detector's plane.
+        """Find where rays from the sample cross the plane of the detector.
 
         Parameters
         ----------
@@ -86,7 +86,7 @@ class TiledDetector:
         Returns
         -------
         y_M, x_M
-            (M,) | float64, detector coordinates; NaN for a ray that does not go forwards.
+            (M,) | float64, detector coordinates; NaN for a ray that does not travel forwards.
         """
         z_M = np.where(k_M3[:, 2] > 0.0, k_M3[:, 2], np.nan)
         scale_M = self.distance_px / z_M
@@ -95,15 +95,15 @@ class TiledDetector:
     def to_panels(
         self, y_M: Floats, x_M: Floats, margin: float
     ) -> tuple[Ints, Ints, Floats, Floats]:
-        """Express detector coordinates as pixel indices of the panels near by.
+        """Convert detector coordinates to pixel indices of the nearby panels.
 
         Parameters
         ----------
         y_M, x_M
             (M,) | detector coordinates.
         margin
-            Pixels; a point belongs to a panel if it is at most this far outside the centres of the
-            panel's outermost pixels (inside, if negative). One point can belong to several panels.
+            Pixels. A point belongs to a panel if it lies at most this far outside the centres of
+            the panel's outermost pixels (inside, if negative). It can belong to several panels.
 
         Returns
         -------
@@ -113,7 +113,7 @@ class TiledDetector:
         _, height, width = self.shape
         y_PM = y_M[None, :] - self.origin_y_P[:, None]
         x_PM = x_M[None, :] - self.origin_x_P[:, None]
-        # Comparisons with NaN are false, so rays that miss the plane fall out here.
+        # Comparisons with NaN are false, which drops rays that miss the plane.
         near_PM = (y_PM >= -margin) & (y_PM <= height - 1 + margin)
         near_PM &= (x_PM >= -margin) & (x_PM <= width - 1 + margin)
         panel, point = np.nonzero(near_PM)
@@ -123,9 +123,9 @@ class TiledDetector:
 def polarisation(x: Floats) -> Floats:
     """Return the polarisation factor of scattered light.
 
-    The beam is linearly polarised along x, as an undulator's is: the factor is 1 minus the square
-    of the outgoing direction's component along the polarisation (Kahn et al., J. Appl. Cryst. 15
-    (1982) 330, for a fully polarised beam).
+    The beam is linearly polarised along x, as from an undulator. The factor is 1 minus the square
+    of the component of the outgoing direction along the polarisation (Kahn et al., J. Appl.
+    Cryst. 15 (1982) 330, for a fully polarised beam).
 
     Parameters
     ----------
@@ -138,24 +138,24 @@ def polarisation(x: Floats) -> Floats:
 def smooth_scattering(
     detector: TiledDetector, wavelength: float, background: float, water_ring: float
 ) -> Floats:
-    """Return the photons expected in each pixel from everything but the crystal.
+    """Return the photons that each pixel expects from everything except the crystal.
 
     Parameters
     ----------
     detector
-        Where the pixels are.
+        Positions of the pixels.
     wavelength
         Angstrom.
     background
-        Photons in a pixel at the beam from a scatterer without structure (air, solvent).
+        Photons per pixel, at the beam, from a scatterer without structure (air, solvent).
     water_ring
-        Photons on top of them at the crest of the liquid's ring, before the corrections.
+        Additional photons per pixel at the crest of the water ring, before the corrections.
 
     Returns
     -------
     ndarray
-        (P, H, W) | float64, photons; includes polarisation and the cos^3 of the scattering angle
-        by which a pixel of a flat detector covers less solid angle away from the beam.
+        (P, H, W) | float64, photons. Includes the polarisation and the solid angle of a pixel of a
+        flat detector, which falls with the cube of the cosine of the scattering angle.
     """
     x_PHW, _, z_PHW = detector.unit_vectors()
     # q = 2 sin(theta) / wavelength, and 2 sin^2(theta) = 1 - cos(2 theta).
@@ -164,8 +164,8 @@ def smooth_scattering(
     return np.asarray((background + water_ring * ring_PHW) * z_PHW**3 * polarisation(x_PHW))
 
 
-class Readout:
-    """What a counting detector makes of the photons: noise, gain, bad pixels, a number format.
+class DetectorReadout:
+    """Turns expected photons into detector counts: noise, gain, bad pixels, number format.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class Readout:
     gain_adu_per_photon, readout_noise_adu
         ADU; the noise is the rms of a normal distribution.
     hot_pixels, dead_pixels
-        Fractions of all pixels, disjoint.
+        Fractions of all pixels; no pixel is both.
     dtype
         'float32', 'uint16' or 'int32'.
     rng
@@ -197,13 +197,13 @@ class Readout:
         self._dtype = np.dtype(dtype)
         pixels = math.prod(shape)
         num_hot, num_dead = round(hot_pixels * pixels), round(dead_pixels * pixels)
-        # Drawn together and without replacement, so that no pixel is both.
+        # One draw without replacement, so that no pixel is both.
         bad = rng.permutation(pixels)[: num_hot + num_dead]
         self._hot, self._dead = bad[:num_hot], bad[num_hot:]
         self._hot_adu = self._gain * rng.uniform(*HOT_PHOTONS, len(self._hot)).astype(np.float32)
 
     def read(self, expected_PHW: Floats, rng: np.random.Generator) -> npt.NDArray[Any]:
-        """Read one exposure out.
+        """Read out one exposure.
 
         Parameters
         ----------
@@ -227,7 +227,7 @@ class Readout:
         if self._dtype.kind == "f":
             return image_PHW
         limits = np.iinfo(self._dtype)
-        # The largest float32 in range: rounded to float32, the largest int32 is out of it.
+        # The largest float32 in range. The largest int32, rounded to float32, would overflow.
         highest = np.float32(limits.max)
         if int(highest) > limits.max:
             highest = np.nextafter(highest, np.float32(0.0))

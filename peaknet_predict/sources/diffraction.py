@@ -1,4 +1,4 @@
-"""Still diffraction from a rotated crystal lattice: which reflections, where to, how strong.
+"""Still diffraction from a rotated crystal lattice: reflections, directions and intensities.
 
 Lengths of reciprocal space are 1/d in inverse Angstrom, without the factor of 2 pi. The laboratory
 frame is right-handed: x along a panel's rows (fast scan), y along its columns (slow scan), z along
@@ -21,11 +21,11 @@ HC_EV_ANGSTROM = 12398.419843320026
 """Planck constant times speed of light, eV Angstrom (exact in the SI of 2019)."""
 
 TOLERANCE_WIDTHS = 3.0
-"""Reflections further than this many peak widths from the Ewald sphere are left out: at the cut the
-partiality is exp(-4.5), 1 %."""
+"""Reflections more than this many peak widths away from the Ewald sphere are left out. Their
+partiality is below exp(-4.5), 1 %."""
 
 MAX_REFLECTIONS = 5_000_000
-"""Largest table of reflections, about 1 GB while it is made; beyond it the cell is more likely
+"""Largest table of reflections; it takes about 1 GB to build. A cell that needs more is probably
 mistyped."""
 
 
@@ -53,7 +53,7 @@ def reciprocal_basis(cell: Cell) -> Floats:
     Raises
     ------
     ValueError
-        If no lattice has these lengths and angles.
+        If these lengths and angles do not form a lattice.
     """
     if len(cell) != 6:
         raise ValueError(f"cell needs six numbers a, b, c, alpha, beta, gamma; got {cell}")
@@ -99,20 +99,20 @@ def random_rotation(rng: np.random.Generator) -> Floats:
 
 @dataclass(slots=True)
 class Reflections:
-    """The M reflections that one orientation brings close enough to the Ewald sphere.
+    """The M reflections that lie close to the Ewald sphere in one orientation.
 
     Attributes
     ----------
     hkl_M3
         (M, 3) | int16, Miller indices.
     k_out_M3
-        (M, 3) | float64, outgoing wave vectors in the laboratory frame, inverse Angstrom. Their
-        length is 1/wavelength: elastic scattering.
+        (M, 3) | float64, outgoing wave vectors in the laboratory frame, inverse Angstrom, of length
+        1/wavelength (elastic scattering).
     excitation_M
         (M,) | float64, distance of the lattice point from the Ewald sphere, inverse Angstrom,
-        positive outside of it.
+        positive outside.
     intensity_M
-        (M,) | float64, expected intensity relative to the mean over all full reflections at zero
+        (M,) | float64, expected intensity relative to the mean of all full reflections at zero
         scattering angle.
     """
 
@@ -133,7 +133,7 @@ class Crystal:
         Largest 1/d of the table of reflections, inverse Angstrom.
     peak_width
         Gaussian width (standard deviation) of a reciprocal lattice point along the beam, inverse
-        Angstrom: mosaic block size, bandwidth and divergence together.
+        Angstrom; combines mosaic block size, bandwidth and divergence.
     b_factor
         Overall temperature factor B, square Angstrom.
     rng
@@ -142,7 +142,7 @@ class Crystal:
     Raises
     ------
     ValueError
-        If the cell is impossible, or so large that its table of reflections would not fit.
+        If the cell is impossible or has too many reflections.
     """
 
     def __init__(
@@ -182,9 +182,9 @@ class Crystal:
     def diffract(self, rotation: Floats, photon_energy_ev: float) -> Reflections:
         """Find the reflections of a still exposure.
 
-        A lattice point q is taken where the sphere of radius k = 1/wavelength around -k_in passes
-        within `TOLERANCE_WIDTHS` peak widths; it scatters the fraction exp(-s^2 / 2 width^2) of its
-        full intensity, s being the distance (excitation error), into the direction of k_in + q.
+        A lattice point q scatters if the sphere of radius k = 1/wavelength around -k_in passes
+        within `TOLERANCE_WIDTHS` peak widths of it. At a distance s (the excitation error) it
+        scatters the fraction exp(-s^2 / 2 width^2) of its full intensity, towards k_in + q.
 
         Parameters
         ----------
@@ -196,18 +196,18 @@ class Crystal:
         Returns
         -------
         Reflections
-            Polarisation is not applied: it depends on the direction alone.
+            Without polarisation, which depends on the direction alone.
         """
         k = 1.0 / wavelength_angstrom(photon_energy_ev)
         tolerance = TOLERANCE_WIDTHS * self.peak_width
-        # |k_in + q|^2 - k^2. Only q_z enters, so the whole table needs one product, no rotation.
+        # |k_in + q|^2 - k^2. Only q_z matters, so one product does instead of rotating the table.
         w_R = self._q2_R + 2.0 * k * (self._q_R3 @ rotation[2])
         chosen = np.flatnonzero(
             (w_R <= tolerance * (2 * k + tolerance)) & (w_R >= -tolerance * (2 * k - tolerance))
         )
         k_out_M3 = self._q_R3[chosen] @ rotation.T + np.array([0.0, 0.0, k])
         length_M = np.linalg.norm(k_out_M3, axis=1)
-        # The same as length - k, but without the cancellation.
+        # Equals length - k, without the cancellation.
         excitation_M = w_R[chosen] / (length_M + k)
         partiality_M = np.exp(-0.5 * (excitation_M / self.peak_width) ** 2)
         return Reflections(

@@ -16,24 +16,25 @@ Ints = npt.NDArray[np.int64]
 
 SPOT_SIGMA_PX = (0.8, 1.5)
 """Range of the spots' widths (standard deviations) as the pixels see them, in pixels. From 0.8 on,
-the samples of a Gaussian at the pixel centres add up to its integral to 1e-5, so none is needed."""
+samples at the pixel centres add up to the integral of a Gaussian within 1e-5."""
 
 SPOT_RADIUS_PX = 7
-"""Spots are drawn this far from their brightest pixel; less than 3e-5 of the widest is cut off."""
+"""Spots are drawn out to this distance from their brightest pixel. It cuts off less than 3e-5 of
+the widest."""
 
 
 @dataclass(slots=True)
-class Spots:
-    """M spots on panels or so close to them that their tails reach a pixel.
+class GaussianSpots:
+    """M Gaussian spots on panels, or close enough to a panel for their tails to reach it.
 
-    A spot in the corner between panels is listed once for each panel that it touches.
+    A spot between panels is listed once for each panel that it touches.
 
     Attributes
     ----------
     panel_M
         (M,) | int64, panel.
     y_M, x_M
-        (M,) | float64, centres in the panel's pixel indices; may lie outside of it.
+        (M,) | float64, centres in the panel's pixel indices; may lie outside the panel.
     sigma_M
         (M,) | float64, widths, pixels.
     photons_M
@@ -47,8 +48,8 @@ class Spots:
     photons_M: Floats
 
     @classmethod
-    def none(cls) -> Spots:
-        """Return no spots: what a shot without a crystal shows."""
+    def none(cls) -> GaussianSpots:
+        """Return an empty list: a shot without a crystal has no spots."""
         empty = np.empty(0)
         return cls(empty.astype(np.int64), empty, empty, empty, empty)
 
@@ -81,11 +82,11 @@ class Spots:
         profile_y_MK = np.exp(-0.5 * (y_MK - self.y_M[:, None]) ** 2 / variance_M1)
         profile_x_MK = np.exp(-0.5 * (x_MK - self.x_M[:, None]) ** 2 / variance_M1)
         profile_y_MK *= self.photons_M[:, None] / (2.0 * np.pi * variance_M1)
-        # Beyond the edge nothing is added, so any pixel of the image may stand in there.
+        # Nothing is added beyond the edge, so the clipped index may be that of any pixel.
         profile_y_MK[(y_MK < 0) | (y_MK >= height)] = 0.0
         profile_x_MK[(x_MK < 0) | (x_MK >= width)] = 0.0
         row_MK = self.panel_M[:, None] * height + np.clip(y_MK, 0, height - 1)
         pixel_MKK = row_MK[:, :, None] * width + np.clip(x_MK, 0, width - 1)[:, None, :]
         window_MKK = profile_y_MK[:, :, None] * profile_x_MK[:, None, :]
-        # `add.at`, because the windows of neighbours overlap.
+        # Windows of neighbouring spots overlap; only `add.at` adds both.
         np.add.at(photons_PHW.reshape(-1), pixel_MKK, window_MKK)

@@ -9,48 +9,53 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from peaknet_predict.sources.base import EventSource, check_first
-from peaknet_predict.sources.detector import Readout, TiledDetector, polarisation, smooth_scattering
+from peaknet_predict.sources.detector import (
+    DetectorReadout,
+    TiledDetector,
+    polarisation,
+    smooth_scattering,
+)
 from peaknet_predict.sources.diffraction import (
     Crystal,
     Floats,
     random_rotation,
     wavelength_angstrom,
 )
-from peaknet_predict.sources.gaussian_spots import SPOT_RADIUS_PX, SPOT_SIGMA_PX, Spots
+from peaknet_predict.sources.gaussian_spots import SPOT_RADIUS_PX, SPOT_SIGMA_PX, GaussianSpots
 from peaknet_predict.types import Image, Peaks
 
 B_FACTOR = 20.0
 """Temperature factor, square Angstrom; usual for protein crystals at room temperature."""
 
 CRYSTAL_SPREAD = 0.5
-"""Standard deviation of the logarithm of the diffracting power from shot to shot: crystals of
-different sizes, hit off-centre by pulses of different energies."""
+"""Standard deviation of the logarithm of the diffracting power from shot to shot. Crystals differ
+in size, are hit off-centre, and pulses differ in energy."""
 
 MAX_JITTER_RMS = 4.0
-"""Photon energies further than this many rms from the nominal one are clipped, so that the table of
+"""Photon energies are clipped at this many rms from the nominal one, so that the table of
 reflections covers the detector in every shot."""
 
-# What a random stream is for; with the seed, and the event where there is one, it names the stream.
+# Purposes of random streams. Seed, purpose and, where there is one, event name a stream.
 _CRYSTAL, _DEFECTS, _SHOT, _NOISE = range(4)
 
 
 @dataclass(slots=True)
 class PlantedPeaks:
-    """The truth of one event: every spot that a peak finder could be asked for.
+    """The truth of one event: every spot that a peak finder could be expected to find.
 
-    Listed are the spots whose centre lies on a panel, at least one pixel inside the centres of its
-    outermost pixels, and whose `snr` is at least 1. Whether a bad pixel hits a spot is not taken
-    into account; where two spots overlap, each is listed as if it were alone.
+    A spot is listed if its centre lies on a panel, at least one pixel inside the centres of the
+    outermost pixels, and its `snr` is at least 1. Bad pixels are ignored; overlapping spots are
+    listed as if each were alone.
 
     Attributes
     ----------
     peaks
         (M, 3) float64, panel, y, x of the centres, see `peaknet_predict.types.Peaks`.
     snr
-        (M,) float64: expected height of the spot's brightest pixel above the background, in
-        standard deviations of a pixel that holds the same background but no spot. Its variance is
-        that of the Poisson distributed background plus that of the readout. Noise that the spot's
-        own photons add is left out, as a peak finder's local background statistics leave it out.
+        (M,) float64: expected height of the brightest pixel of the spot above the background, in
+        standard deviations of a pixel that holds the same background but no spot. The variance is
+        that of the Poisson distributed background plus that of the readout. It leaves out the
+        noise of the photons of the spot itself, as the local statistics of a peak finder do.
     """
 
     peaks: Peaks
@@ -58,24 +63,24 @@ class PlantedPeaks:
 
 
 class _Shot(NamedTuple):
-    """What happened in one event before the detector added noise."""
+    """One event before the detector adds noise."""
 
     photon_energy: float
-    spots: Spots
+    spots: GaussianSpots
 
 
 class Simulator(EventSource):
     """Still shots of randomly oriented crystals on a flat detector of several panels.
 
-    Each event is made from `seed` and its own number alone, so that any event, and its truth, can
-    be made again anywhere and in any order (with the same NumPy; its generators may change between
+    Each event depends on `seed` and its own number alone, so that any event, and its truth, can be
+    made again anywhere and in any order (with the same NumPy, whose generators may change between
     versions).
 
-    A hit is one crystal in a uniformly random orientation. Reflections within reach of the Ewald
-    sphere become Gaussian spots at sub-pixel positions; |F|^2 follows Wilson statistics, and the
-    intensity falls with the temperature factor, the partiality, the polarisation and a log-normal
-    factor for the shot. Every pixel is Poisson distributed about its expected photons, background
-    included, without approximation; gain, readout noise, hot and dead pixels follow.
+    A hit is one crystal in a uniformly random orientation. Reflections close to the Ewald sphere
+    become Gaussian spots at sub-pixel positions. |F|^2 follows Wilson statistics; temperature
+    factor, partiality, polarisation and a log-normal factor for the shot scale the intensity. The
+    photons of every pixel, background included, are Poisson distributed without approximation;
+    gain, readout noise, hot and dead pixels follow.
 
     Parameters
     ----------
@@ -94,29 +99,30 @@ class Simulator(EventSource):
     photon_energy_jitter
         Relative rms of the photon energy from shot to shot.
     cell
-        a, b, c in Angstrom, alpha, beta, gamma in degrees; primitive. Like thermolysin by default.
+        a, b, c in Angstrom, alpha, beta, gamma in degrees; primitive. The default resembles
+        thermolysin.
     hit_fraction
         Probability that an event has a crystal, 0 to 1.
     peak_width
-        Gaussian width of a reciprocal lattice point, inverse Angstrom (mosaicity, bandwidth and
-        divergence together): with it grows the number of spots.
+        Gaussian width of a reciprocal lattice point, inverse Angstrom; combines mosaicity,
+        bandwidth and divergence. A larger width gives more spots.
     spot_photons
-        Photons of a full reflection at zero scattering angle, mean over the reflections of a shot
-        of median brightness.
+        Photons of a full reflection at zero scattering angle: the mean over the reflections of a
+        shot of median brightness.
     background
-        Photons per pixel of scattering without structure, at the beam.
+        Photons per pixel, at the beam, from scattering without structure.
     water_ring
-        Photons per pixel added at the crest of the water ring (d = 3.1 Angstrom).
+        Additional photons per pixel at the crest of the water ring (d = 3.1 Angstrom).
     gain_adu_per_photon
         ADU.
     readout_noise_adu
         Rms, ADU.
     hot_pixels, dead_pixels
-        Fraction of pixels with a large constant signal, and fraction that always reads 0; the same
-        pixels in all events.
+        Fraction of pixels with a large constant signal, and of pixels that always read 0. They are
+        the same pixels in all events.
     dtype
-        Of the images. Integers are rounded, and clipped at the ends of their range: below 0, the
-        readout noise of 'uint16' is cut off.
+        Of the images. Integers are rounded and clipped to their range, so that 'uint16' loses the
+        readout noise below 0.
 
     Raises
     ------
@@ -191,7 +197,7 @@ class Simulator(EventSource):
         self._spot_photons = spot_photons
 
         self._detector = TiledDetector(panels, height, width, pixel_size_m, distance_m)
-        # Made once: the jitter moves the ring by far less than the ring is wide.
+        # Computed once: the jitter moves the ring by much less than its width.
         self._background_PHW = smooth_scattering(
             self._detector, wavelength_angstrom(photon_energy_ev), background, water_ring
         )
@@ -200,7 +206,7 @@ class Simulator(EventSource):
         max_q = 2.0 * np.sin(half_angle) / wavelength_angstrom(highest_ev) + 4.0 * peak_width
         self._crystal = Crystal(cell, max_q, peak_width, B_FACTOR, self._rng(_CRYSTAL))
 
-        self._readout = Readout(
+        self._readout = DetectorReadout(
             self._detector.shape,
             gain_adu_per_photon,
             readout_noise_adu,
@@ -257,7 +263,7 @@ class Simulator(EventSource):
 
     @property
     def background_photons(self) -> Floats:
-        """(P, H, W) | float64, photons expected without a crystal; the same in every event."""
+        """(P, H, W) | float64, photons expected without a crystal, the same in every event."""
         return self._background_PHW.copy()
 
     def planted_peaks(self, idx: int) -> PlantedPeaks:
@@ -273,11 +279,11 @@ class Simulator(EventSource):
         inside_M = (spots.y_M >= 1) & (spots.y_M <= height - 2)
         inside_M &= (spots.x_M >= 1) & (spots.x_M <= width - 2)
         y_M, x_M = spots.brightest_pixels()
-        # The spots outside are clipped here and dropped below.
+        # Spots outside are clipped here and dropped below.
         y_M, x_M = np.clip(y_M, 0, height - 1), np.clip(x_M, 0, width - 1)
         variance_M = self._background_PHW[spots.panel_M, y_M, x_M]
         variance_M = variance_M + self._readout.noise_photons**2
-        # Without any noise every spot stands out without limit.
+        # Without any noise, the ratio of every spot is huge rather than infinite.
         snr_M = spots.heights() / np.sqrt(np.maximum(variance_M, np.finfo(np.float64).tiny))
         planted_M = inside_M & (snr_M >= 1.0)
         peaks_M3 = np.stack([spots.panel_M, spots.y_M, spots.x_M], axis=1)
@@ -291,17 +297,17 @@ class Simulator(EventSource):
         jitter = np.clip(rng.standard_normal(), -MAX_JITTER_RMS, MAX_JITTER_RMS)
         photon_energy = float(self._photon_energy_ev * (1.0 + self._photon_energy_jitter * jitter))
         if not hit:
-            return _Shot(photon_energy, Spots.none())
+            return _Shot(photon_energy, GaussianSpots.none())
 
         reflections = self._crystal.diffract(random_rotation(rng), photon_energy)
         brightness = self._spot_photons * np.exp(CRYSTAL_SPREAD * rng.standard_normal())
         sigma_M = rng.uniform(*SPOT_SIGMA_PX, size=len(reflections.intensity_M))
         direction_x_M = reflections.k_out_M3[:, 0] * wavelength_angstrom(photon_energy)
         photons_M = brightness * reflections.intensity_M * polarisation(direction_x_M)
-        # The tails of spots just outside a panel fall on it.
+        # The tails of spots just outside a panel reach it.
         y_M, x_M = self._detector.project(reflections.k_out_M3)
         spot, panel_M, y_M, x_M = self._detector.to_panels(y_M, x_M, margin=SPOT_RADIUS_PX)
-        spots = Spots(panel_M, y_M, x_M, sigma_M[spot], photons_M[spot])
+        spots = GaussianSpots(panel_M, y_M, x_M, sigma_M[spot], photons_M[spot])
         return _Shot(photon_energy, spots)
 
     def _expected(self, shot: _Shot) -> Floats:

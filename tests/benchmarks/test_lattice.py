@@ -17,9 +17,9 @@ from benchmarks.accuracy.lattice import (
     turned_about_beam,
 )
 from benchmarks.accuracy.pictures import Assembled, Sheet, draw_circles, stamps, write_png
-from peaknet_predict.sources.detector import Readout, TiledDetector
+from peaknet_predict.sources.detector import DetectorReadout, TiledDetector
 from peaknet_predict.sources.diffraction import Cell, Crystal, random_rotation
-from peaknet_predict.sources.gaussian_spots import Spots
+from peaknet_predict.sources.gaussian_spots import GaussianSpots
 from peaknet_predict.types import Peaks
 from tests.conftest import REAL_DATA
 
@@ -38,7 +38,7 @@ needs_real_shots = pytest.mark.skipif(
 )
 
 
-def diffract(cell: Cell, seed: int) -> tuple[Floats, Spots]:
+def diffract(cell: Cell, seed: int) -> tuple[Floats, GaussianSpots]:
     """A rotation and the spots of a crystal in it."""
     rng = np.random.default_rng(seed)
     crystal = Crystal(cell, 0.32, 2e-4, 20.0, rng)
@@ -47,10 +47,10 @@ def diffract(cell: Cell, seed: int) -> tuple[Floats, Spots]:
     y_M, x_M = DETECTOR.project(reflections.k_out_M3)
     spot, panel, y, x = DETECTOR.to_panels(y_M, x_M, margin=-1.0)
     photons = 400.0 * reflections.intensity_M[spot]
-    return rotation, Spots(panel, y, x, np.full(len(spot), 1.0), photons)
+    return rotation, GaussianSpots(panel, y, x, np.full(len(spot), 1.0), photons)
 
 
-def strong_peaks(spots: Spots, photons: float = 10.0) -> Peaks:
+def strong_peaks(spots: GaussianSpots, photons: float = 10.0) -> Peaks:
     strong_M = spots.photons_M > photons
     peaks_M3 = np.stack([spots.panel_M, spots.y_M, spots.x_M], axis=1)[strong_M]
     return np.asarray(peaks_M3, dtype=np.float64)
@@ -85,7 +85,9 @@ def test_a_known_orientation_is_found_from_found_peaks_of_which_a_fifth_are_fals
     rng = np.random.default_rng(6)
     photons_PHW = np.full(SHAPE_PHW, 1.0)
     spots.add_to(photons_PHW)
-    image_PHW = Readout(SHAPE_PHW, 30.0, 9.0, 1e-4, 1e-4, "float32", rng).read(photons_PHW, rng)
+    image_PHW = DetectorReadout(SHAPE_PHW, 30.0, 9.0, 1e-4, 1e-4, "float32", rng).read(
+        photons_PHW, rng
+    )
     (found_M3,) = find(local_snr(), [image_PHW])
     assert found_M3 is not None
     num_false = len(found_M3) // 4

@@ -21,7 +21,7 @@ from peaknet_predict.sources.diffraction import (
     random_rotation,
     reciprocal_basis,
 )
-from peaknet_predict.sources.gaussian_spots import Spots
+from peaknet_predict.sources.gaussian_spots import GaussianSpots
 
 THERMOLYSIN: Cell = (93.0, 93.0, 131.0, 90.0, 90.0, 120.0)
 TRICLINIC: Cell = (31.0, 47.0, 58.0, 81.0, 97.0, 104.0)
@@ -304,19 +304,19 @@ def test_spots_conserve_photons_and_are_cut_at_the_edge() -> None:
     one = np.array([1.0])
     panel = np.array([1])
     image = np.zeros((2, 40, 30))
-    Spots(panel, 20.3 * one, 15.7 * one, 1.5 * one, 100 * one).add_to(image)
+    GaussianSpots(panel, 20.3 * one, 15.7 * one, 1.5 * one, 100 * one).add_to(image)
     assert image[1].sum() == pytest.approx(100.0, rel=1e-4)
     assert image[0].sum() == 0.0
     image[:] = 0.0
     # Centred half a pixel outside row 0: the rows inside hold half of it.
-    Spots(panel, -0.5 * one, 15.0 * one, 1.0 * one, 100 * one).add_to(image)
+    GaussianSpots(panel, -0.5 * one, 15.0 * one, 1.0 * one, 100 * one).add_to(image)
     assert image.sum() == pytest.approx(50.0, rel=1e-3)
     image[:] = 0.0
     # Two spots in one place add up.
     two = np.ones(2)
-    Spots(np.array([0, 0]), 5 * two, 5 * two, two, 50 * two).add_to(image)
+    GaussianSpots(np.array([0, 0]), 5 * two, 5 * two, two, 50 * two).add_to(image)
     assert image[0].sum() == pytest.approx(100.0, rel=1e-4)
-    Spots.none().add_to(image)
+    GaussianSpots.none().add_to(image)
 
 
 @pytest.mark.parametrize("panels", [1, 2, 3, 5, 32])
