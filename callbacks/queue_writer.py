@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +23,7 @@ from peaknet_predict.process.balance import (
     queue_balance,
     write_balance,
 )
-from peaknet_predict.process.stopping import GRACE_S, stop_requests
+from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import (
     Queue,
     QueueAddress,
@@ -106,8 +104,7 @@ class QueueWriter(BasePredictionWriter):
         self._signed_off = False
         self._last_refusal: Refusal | None = None
         self._dataset: QueueDataset | None = None
-        self._stop_requested = threading.Event()
-        self._stop_noticed_at: float | None = None
+        self._stop = StopRequest()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the output queue; all ranks are producers of one stream."""
@@ -169,7 +166,7 @@ class QueueWriter(BasePredictionWriter):
             If another rank died or failed, and others have done its work.
         """
         grace_s = GRACE_S if self._dataset is None else self._dataset.grace_s
-        with stop_requests(grace_s) as self._stop_requested:
+        with stop_requests(grace_s) as self._stop:
             self._drain()
         problem = self._imbalance(trainer)
         if self._dataset is not None:
@@ -302,12 +299,7 @@ class QueueWriter(BasePredictionWriter):
         dataset = self._dataset
         if dataset is not None:
             dataset.touch()
-        if not (self._stop_requested.is_set() or (dataset and dataset.stop_requested)):
-            return
-        if self._stop_noticed_at is None:
-            self._stop_noticed_at = time.monotonic()
-        grace_s = GRACE_S if dataset is None else dataset.grace_s
-        if time.monotonic() - self._stop_noticed_at > grace_s:
+        if self._stop.out_of_time() or (dataset is not None and dataset.stop.out_of_time()):
             assert self._outbox is not None
             raise BalanceError(
                 f"interrupted while the output queue is full: {self._outbox.delivered} results "

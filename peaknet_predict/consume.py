@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Literal
 
 from peaknet_predict.cxi.writer import CxiStatistics, CxiWriteError, CxiWriter
 from peaknet_predict.process.balance import queue_balance, write_balance
-from peaknet_predict.process.stopping import GRACE_S, stop_requests
+from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.types import Event, EventId, Refusal, Result
@@ -159,7 +158,7 @@ def drain(queue: Queue, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeR
     reader = f"write-cxi:{secrets.token_hex(4)}"
     ended = False
     with stop_requests(grace_s) as stop:
-        storage = _Storage(queue, writer, report, stop, grace_s)
+        storage = _Storage(queue, writer, report, stop)
         try:
             while not ended and not stop.is_set():
                 taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
@@ -188,15 +187,12 @@ class _Storage:
         queue: Queue,
         writer: CxiWriter,
         report: ConsumeReport,
-        stop: threading.Event,
-        grace_s: float,
+        stop: StopRequest,
     ) -> None:
         self._queue = queue
         self._writer = writer
         self._report = report
         self._stop = stop
-        self._grace_s = grace_s
-        self._stop_noticed_at: float | None = None
 
     def write(self, item: Event | Result | Refusal) -> None:
         """Write one result, or refuse what is none."""
@@ -222,7 +218,8 @@ class _Storage:
                 settled = write()
                 break
             except CxiWriteError as error:
-                if self._out_of_time():
+                # Before the try that would come too late.
+                if self._stop.out_of_time(_RETRY_S):
                     raise
                 log.error("%s; trying again in %.0f s", error, _RETRY_S)
                 self._queue.touch()
@@ -236,11 +233,3 @@ class _Storage:
         self._report.refused += 1
         log.warning("refused %s", refusal)
         self._queue.refuse([refusal])
-
-    def _out_of_time(self) -> bool:
-        if not self._stop.is_set():
-            return False
-        if self._stop_noticed_at is None:
-            self._stop_noticed_at = time.monotonic()
-        # Before the try that would come too late.
-        return time.monotonic() + _RETRY_S - self._stop_noticed_at > self._grace_s

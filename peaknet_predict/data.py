@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from peaknet_predict.feed import feed
-from peaknet_predict.process.stopping import GRACE_S, stop_requests
+from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import (
     ClusterError,
     ClusterTask,
@@ -83,6 +83,8 @@ class QueueDataset(IterableDataset[EventBatch]):
         Items taken from the queue so far.
     ended
         Whether the queue has said that the stream has ended.
+    stop
+        Set by Ctrl-C and SIGTERM; says how much time is left.
     interrupted
         Whether Ctrl-C or SIGTERM asked to take no more events; what had been taken came out.
     """
@@ -122,7 +124,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._active_at = time.monotonic()
         self._ready: SimpleQueue[EventBatch | BaseException | None] = SimpleQueue()
         self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
-        self._stop_requested = threading.Event()
+        self.stop = StopRequest(grace_s)
         self._abandoned = threading.Event()
         self.received = 0
         self.ended = False
@@ -131,7 +133,7 @@ class QueueDataset(IterableDataset[EventBatch]):
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches until the stream has ended, or a signal asks to stop."""
         ingest = threading.Thread(target=self._ingest, name="ingest", daemon=True)
-        with stop_requests(self.grace_s) as self._stop_requested:
+        with stop_requests(self.grace_s) as self.stop:
             ingest.start()
             try:
                 while (batch := self._ready.get()) is not None:
@@ -161,7 +163,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         events: list[Event] = []
         refused: list[Refusal] = []
         while not self.ended and not self._abandoned.is_set():
-            if self._stop_requested.is_set():
+            if self.stop.is_set():
                 self.interrupted = True
                 break
             due_in_s = self._due_in_s(events)
@@ -242,11 +244,6 @@ class QueueDataset(IterableDataset[EventBatch]):
     def size(self) -> int:
         """Return how many events wait in the queue."""
         return self._queue.size()
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM has come."""
-        return self._stop_requested.is_set()
 
     def problem(self) -> str | None:
         """Say why, at the end of the loop, the stream has not been read whole; None if it has."""

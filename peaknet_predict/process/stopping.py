@@ -30,7 +30,7 @@ _END = 0  # in the pipe: no signal, but the end of listening
 
 
 class StopRequest(threading.Event):
-    """Set by the first signal.
+    """Set by the first signal; tells everybody in the process how much time is left.
 
     Attributes
     ----------
@@ -42,14 +42,26 @@ class StopRequest(threading.Event):
         Whether there is anything to finish.
     """
 
-    def __init__(self, grace_s: float, begun: bool) -> None:
+    def __init__(self, grace_s: float = GRACE_S, begun: bool = True) -> None:
         super().__init__()
         self.grace_s = grace_s
         self.at_once = False
         self.begun = begun
         self._raised = False
-        self._came_at = 0.0
+        self._came_at: float | None = None
         self._watchdog: threading.Timer | None = None
+
+    def set(self) -> None:
+        """Ask to stop: the grace begins."""
+        if self._came_at is None:
+            self._came_at = time.monotonic()
+        super().set()
+
+    def out_of_time(self, margin_s: float = 0.0) -> bool:
+        """Whether there was a request, and its grace is over, or will be in ``margin_s``."""
+        if self._came_at is None:
+            return False
+        return time.monotonic() + margin_s - self._came_at > self.grace_s
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the main thread, once, if there has been a second signal."""
@@ -61,13 +73,11 @@ class StopRequest(threading.Event):
     def note(self, number: int) -> None:
         """Take notice of a signal."""
         name = signal.Signals(number).name
-        now = time.monotonic()
-        if not self.is_set() and self.begun:
-            self._came_at = now
+        if self._came_at is None and self.begun:
             log.warning("%s: finishing what is under way; once more stops at once", name)
             self._end_after(self.grace_s + _MARGIN_S)
             self.set()
-        elif not self.at_once and now - self._came_at > _ONE_REQUEST_S:
+        elif not self.at_once and not self._is_recent():
             self.at_once = True
             log.warning("%s: stopping at once", f"{name} again" if self.is_set() else name)
             self.set()
@@ -75,6 +85,9 @@ class StopRequest(threading.Event):
             # To a main thread that waits: the signal itself may have gone to another one. SIGINT,
             # because that is no sudden death either if the block has just been left.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _is_recent(self) -> bool:
+        return self._came_at is not None and time.monotonic() - self._came_at < _ONE_REQUEST_S
 
     def forget(self) -> None:
         """Let the process live on, and interrupt it no more: what was asked to stop has ended."""

@@ -96,14 +96,14 @@ def supervise(words: Sequence[str], layout: Layout, grace_s: float) -> int:
         tempfile.TemporaryDirectory(prefix="peaknet-predict-") as started,
     ):
         ranks = _Ranks(words, layout, Path(started))
-        stopped_at: float | None = None
+        asked = False
         try:
             while ranks.alive():
                 time.sleep(_LOOK_S)
-                if stop.is_set() and stopped_at is None:
-                    stopped_at = time.monotonic()
+                if stop.is_set() and not asked:
+                    asked = True
                     ranks.signal(signal.SIGTERM)
-                if stopped_at is not None and time.monotonic() > stopped_at + grace_s + _MARGIN_S:
+                if stop.out_of_time(_MARGIN_S):
                     log.error("ranks that do not end are killed; what they hold goes back")
                     ranks.signal(signal.SIGKILL)
                 ranks.look()

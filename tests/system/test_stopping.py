@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 
-from peaknet_predict.process.stopping import StopRequest, listen_again, stop_requests
 from peaknet_predict.queues import QueueAddress
 from peaknet_predict.types import EventId, Result
 from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
@@ -210,59 +208,3 @@ def test_a_second_signal_ends_a_producer_whose_source_hangs(
     assert balance["stages"]["feed"]["fed"] == balance["stages"]["input"]["accepted"] == 5
     assert "KeyboardInterrupt" in balance["problem"]
     assert queue.statistics().ended
-
-
-def test_blocks_within_a_block_share_its_request_and_its_handlers() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_requests(5.0) as stop:
-        with stop_requests() as inner:
-            assert inner is stop
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a library does
-        listen_again()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(5.0)
-        os.kill(os.getpid(), signal.SIGTERM)  # the same request, told twice
-        time.sleep(1.2)
-        assert not stop.at_once
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(5.0)
-    assert signal.getsignal(signal.SIGTERM) is before
-    time.sleep(0.1)
-    with stop_requests() as later:
-        assert not later.is_set()
-
-
-def test_before_there_is_anything_to_finish_a_first_signal_stops_at_once() -> None:
-    with stop_requests(begun=False) as stop:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(5.0)
-        assert stop.at_once
-    with stop_requests(begun=False) as stop:
-        with stop_requests():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(5.0)
-        assert not stop.at_once
-
-
-def test_a_second_signal_that_comes_late_interrupts_nothing_behind_its_block(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    end_after = StopRequest._end_after
-
-    def interrupt_early(self: StopRequest, seconds: float) -> None:
-        # The main thread is on its way out before it is told.
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)
-        end_after(self, seconds)
-
-    monkeypatch.setattr(StopRequest, "_end_after", interrupt_early)
-    with stop_requests(begun=False):
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(5.0)
-    time.sleep(0.5)
-    watchdogs = [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
-    assert not watchdogs, "nobody ends the process any more"
