@@ -7,14 +7,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import lightning as L
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from peaknet_predict.batching import MAX_EVENT_BYTES, Batcher, without_events
 from peaknet_predict.feed import feed
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import (
@@ -28,9 +26,8 @@ from peaknet_predict.queues import (
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import connect
-from peaknet_predict.queues.wire import MAX_EVENT_BYTES, check_event
 from peaknet_predict.sources import EventSource
-from peaknet_predict.types import Event, EventBatch, EventId, Image, Refusal, Result
+from peaknet_predict.types import EventBatch, EventId, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -101,25 +98,15 @@ class QueueDataset(IterableDataset[EventBatch]):
         max_event_bytes: int = MAX_EVENT_BYTES,
         grace_s: float = GRACE_S,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; a batch needs at least one event")
-        if any(not 0 < size < batch_size for size in partial_sizes):
-            raise ValueError(
-                f"partial_sizes are {list(partial_sizes)}; give numbers from 1 to {batch_size - 1}"
-            )
-        if max_latency_ms is not None and max_latency_ms <= 0:
+        if max_latency_ms is not None and not max_latency_ms > 0:
             raise ValueError(f"max_latency_ms is {max_latency_ms}; give a positive number")
-        if max_event_bytes < 1 or grace_s < 0:
-            raise ValueError(
-                f"max_event_bytes is {max_event_bytes} and grace_s {grace_s}; give positive numbers"
-            )
+        if not grace_s >= 0:
+            raise ValueError(f"grace_s is {grace_s}; give 0 or more")
         self._queue = queue
         self._reader = reader
-        self._sizes = [*sorted(partial_sizes), batch_size]
+        self._batcher = Batcher(batch_size, partial_sizes, pin_memory, max_event_bytes)
         self._max_latency_s = None if max_latency_ms is None else max_latency_ms / 1000
-        self._pin_memory = pin_memory
         self._check_producer = check_producer
-        self._max_event_bytes = max_event_bytes
         self.grace_s = grace_s
         self._active_at = time.monotonic()
         self._ready: SimpleQueue[EventBatch | BaseException | None] = SimpleQueue()
@@ -160,48 +147,32 @@ class QueueDataset(IterableDataset[EventBatch]):
             self._ready.put(error)
 
     def _batches(self) -> Iterator[EventBatch]:
-        events: list[Event] = []
-        refused: list[Refusal] = []
+        batcher = self._batcher
         while not self.ended and not self._abandoned.is_set():
             if self.stop.is_set():
                 self.interrupted = True
                 break
-            due_in_s = self._due_in_s(events)
+            due_in_s = self._due_in_s()
             if due_in_s <= 0 and self._ready.empty():
-                yield self._assemble(events, refused)
-                events, refused = [], []
+                yield batcher.take()
                 continue
-            wanted = self._sizes[-1] - len(events)
             taken, self.ended = self._queue.get(
-                self._reader, wanted, min(_WAIT_S, max(due_in_s, _BEHIND_S))
+                self._reader, batcher.room, min(_WAIT_S, max(due_in_s, _BEHIND_S))
             )
             self.received += len(taken)
             if taken:
                 self._active_at = time.monotonic()
-            for item in taken:
-                refusal = _refusal(item, self._max_event_bytes)
-                if refusal is not None:
-                    refused.append(refusal)
-                    continue
-                assert isinstance(item, Event)
-                if events and _form(events[0]) != _form(item):
-                    yield self._assemble(events, refused)
-                    events, refused = [], []
-                if not events:
-                    self._first_at = time.monotonic()
-                events.append(item)
-            full = max(len(events), len(refused)) >= self._sizes[-1]
+            yield from batcher.add(taken)
             # With flush, nothing more comes before these have become results.
-            if full or (self._queue.flush_wanted and (events or refused)):
-                yield self._assemble(events, refused)
-                events, refused = [], []
+            if batcher.is_full or (self._queue.flush_wanted and not batcher.is_empty):
+                yield batcher.take()
             elif not taken and not self.ended:
                 if self._check_producer is not None and not self._queue.flush_wanted:
                     self._check_producer()
                 if self._should_remind():
-                    yield self._assemble([], [])
-        if events or refused:
-            yield self._assemble(events, refused)
+                    yield without_events([])
+        if not batcher.is_empty:
+            yield batcher.take()
 
     def _should_remind(self) -> bool:
         """Whether somebody waits for results that the caller may have and not fetched."""
@@ -214,11 +185,12 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._active_at = time.monotonic()
         return True
 
-    def _due_in_s(self, events: list[Event]) -> float:
+    def _due_in_s(self) -> float:
         """Return how long a batch may still wait for more events."""
-        if not events or self._max_latency_s is None:
+        oldest_at = self._batcher.oldest_at
+        if oldest_at is None or self._max_latency_s is None:
             return _WAIT_S
-        return self._first_at + self._max_latency_s - time.monotonic()
+        return oldest_at + self._max_latency_s - time.monotonic()
 
     def ack(self, ids: Iterable[EventId]) -> None:
         """Say that the next stage has the results of these events."""
@@ -257,65 +229,6 @@ class QueueDataset(IterableDataset[EventBatch]):
         if self._queue.failures:
             return f"the input stream is incomplete: {self._queue.failures}"
         return None
-
-    def _assemble(self, events: list[Event], refused: list[Refusal]) -> EventBatch:
-        if not events:
-            return EventBatch(torch.empty((0, 0, 0, 0)), [], refused)
-        shape_PHW, dtype = _form(events[0])
-        # A short batch has one of few sizes, so that a compiled network sees no others.
-        size = next(size for size in self._sizes if size >= len(events))
-        images_BPHW = torch.empty(
-            (size, *shape_PHW), dtype=_TORCH_DTYPES[dtype], pin_memory=self._pin_memory
-        )
-        rows = images_BPHW.numpy()
-        list(_copiers.map(_copy, rows, [event.image.reshape(shape_PHW) for event in events]))
-        rows[len(events) :] = 0
-        return EventBatch(images_BPHW, events, refused)
-
-
-# NumPy copies without the interpreter lock; one thread moves some 10 GB/s, a GPU takes in 50.
-_copiers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="copy")
-
-
-def _copy(row: Image, image: Image) -> None:
-    np.copyto(row, image)
-
-
-_TORCH_DTYPES = {
-    np.dtype(torch.empty(0, dtype=dtype).numpy().dtype): dtype
-    for dtype in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.uint16,
-        torch.int32,
-        torch.uint32,
-        torch.int64,
-        torch.uint64,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-    )
-}
-
-
-def _refusal(item: Event | Result | Refusal, max_bytes: int) -> Refusal | None:
-    """Say why an item cannot be processed; None for an event that can."""
-    if isinstance(item, Refusal):
-        return item
-    if isinstance(item, Result):
-        return Refusal(item.id, "a result stands in a queue of events")
-    reason = check_event(item, max_bytes)
-    if reason is None and _form(item)[1] not in _TORCH_DTYPES:
-        reason = f"image has dtype {item.image.dtype}, which torch cannot hold"
-    return None if reason is None else Refusal(item.id, reason)
-
-
-def _form(event: Event) -> tuple[tuple[int, int, int], np.dtype[np.generic]]:
-    """Return (P, H, W) and dtype in this machine's byte order: what events of a batch share."""
-    shape = event.image.shape
-    panels, height, width = (1, *shape) if len(shape) == 2 else shape
-    return (panels, height, width), event.image.dtype.newbyteorder("=")
 
 
 class QueueDataModule(L.LightningDataModule):

@@ -59,31 +59,6 @@ def named(item: Any) -> tuple[int, int] | None:
     return int(rank), int(idx)
 
 
-MAX_EVENT_BYTES = 512 * 2**20
-"""Larger images are refused unless told otherwise: eight times a JUNGFRAU 16M in float32."""
-
-
-def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
-    """Say why an event cannot be processed; ``None`` if it can.
-
-    A missing photon energy is a reason: CrystFEL indexes nothing at 0 eV and says nothing about it.
-    """
-    image = event.image
-    if not isinstance(image, np.ndarray):
-        return f"image is {_describe(image)}, not an ndarray"
-    if image.ndim not in (2, 3):
-        return f"image has shape {image.shape}; expected (panels, H, W) or (H, W)"
-    if image.size == 0:
-        return f"image is empty: shape {image.shape}"
-    if image.nbytes > max_bytes:
-        return f"image of {image.nbytes} bytes is larger than max_event_bytes, {max_bytes}"
-    if image.dtype.kind not in "iuf":
-        return f"image has dtype {image.dtype}; expected integers or floating point"
-    if not math.isfinite(event.photon_energy) or event.photon_energy <= 0:
-        return f"photon energy is {event.photon_energy} eV; expected a positive number"
-    return None
-
-
 def results_to_item(results: list[Result]) -> list[tuple[Any, list[list[float]], float]]:
     """Return the list of ``(image, peaks, photon_energy)`` that the old file writers expect."""
     return [
