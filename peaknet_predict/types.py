@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.pixels import Bits, find_bad_pixels, split_masked, unpack_mask
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,7 +36,7 @@ JOULES_PER_EV = 1.602176634e-19
 
 
 ANYONE = "*"
-"""Stands for every process, where it is not known which one had an event."""
+"""Stands for every process where it is not known which one had an event."""
 
 
 class EventId(NamedTuple):
@@ -61,22 +63,32 @@ class Event:
     id
         Identity; travels with the event to its result.
     image
-        (P, H, W) or (H, W), detector counts.
+        (P, H, W) or (H, W), detector counts. A masked array is taken apart: ``image`` becomes its
+        pixels, ``bad_bits`` its mask.
     photon_energy
         eV.
     put_at
         When it entered the input queue, seconds since 1970; 0 if that is not known.
+    bad_bits
+        Pixels that the producer declares bad, as `peaknet_predict.pixels.pack_mask` writes them;
+        None if it declares none. Pixels whose values say so are bad as well.
     """
 
     id: EventId
     image: Image
     photon_energy: float
     put_at: float = 0.0
+    bad_bits: Bits | None = None
+
+    def __post_init__(self) -> None:
+        self.image, masked = split_masked(self.image)
+        if masked is not None:
+            self.bad_bits = masked
 
     @property
     def nbytes(self) -> int:
         """Size of the payload in bytes, by which a queue bounds its memory."""
-        return int(self.image.nbytes)
+        return int(self.image.nbytes + (0 if self.bad_bits is None else self.bad_bits.nbytes))
 
 
 @dataclass(slots=True)
@@ -94,9 +106,14 @@ class Result:
     photon_energy
         eV.
     bad_pixels
-        Number of pixels that were NaN or infinite and therefore left out.
+        Number of pixels that were left out because they are no measurement.
     put_at
         When the event entered the input queue, seconds since 1970; 0 if that is not known.
+    bad_bits
+        Which pixels were left out, as `peaknet_predict.pixels.pack_mask` writes them; empty if none
+        was, None if that is not known (results of other programs).
+    saturation
+        Counts from which on a pixel is saturated; None if that is not known.
     """
 
     id: EventId
@@ -105,11 +122,29 @@ class Result:
     photon_energy: float
     bad_pixels: int = 0
     put_at: float = 0.0
+    bad_bits: Bits | None = None
+    saturation: float | None = None
+
+    def __post_init__(self) -> None:
+        self.image, masked = split_masked(self.image)
+        if masked is not None:
+            self.bad_bits = masked
 
     @property
     def nbytes(self) -> int:
         """Size of the payload in bytes, by which a queue bounds its memory."""
-        return int(self.image.nbytes + self.peaks.nbytes)
+        bits = 0 if self.bad_bits is None else self.bad_bits.nbytes
+        return int(self.image.nbytes + self.peaks.nbytes + bits)
+
+    def bad_mask(self) -> npt.NDArray[np.bool_] | None:
+        """Return the mask of bad pixels, bool of the image's shape; None if there are none.
+
+        Where the result does not say, the pixels' values do (`find_bad_pixels`).
+        """
+        if self.bad_bits is None:
+            bad = find_bad_pixels(self.image)
+            return bad if bad.any() else None
+        return unpack_mask(self.bad_bits, self.image.shape) if self.bad_bits.size else None
 
 
 @dataclass(slots=True)
@@ -126,8 +161,8 @@ class Refusal:
 class EventBatch:
     """Events of one shape and dtype, gathered for one call of `predict_step`.
 
-    A plain class on purpose: Lightning rewrites the tensors of dataclasses and collections (to the
-    Trainer's precision, onto its device), and raw detector counts must not be rounded to bfloat16.
+    This is a plain class on purpose. Lightning casts the tensors of dataclasses and collections to
+    the Trainer's precision, and raw detector counts must not be rounded to bfloat16.
 
     Attributes
     ----------

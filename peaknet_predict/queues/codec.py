@@ -22,6 +22,8 @@ def encode(record: Record) -> tuple[bytes, list[Buffer]]:
     buffers: list[Buffer] = []
 
     def part(value: Any) -> Any:
+        if isinstance(value, np.ma.MaskedArray):
+            return {"masked": [part(np.ma.getdata(value)), part(np.ma.getmaskarray(value))]}
         if isinstance(value, np.ndarray):
             array = np.ascontiguousarray(value)
             buffers.append(array.data.cast("B") if array.size else b"")
@@ -44,8 +46,10 @@ def encode(record: Record) -> tuple[bytes, list[Buffer]]:
     else:
         fields = {"id": list(record.id), "energy": float(record.photon_energy)}
         fields |= {"put_at": record.put_at, "image": part(record.image)}
+        fields |= {"bad_bits": part(record.bad_bits)}
     if isinstance(record, Result):
         fields |= {"peaks": part(record.peaks), "bad_pixels": record.bad_pixels}
+        fields |= {"saturation": record.saturation}
     return json.dumps([type(record).__name__, fields]).encode(), buffers
 
 
@@ -66,6 +70,9 @@ def decode(skeleton: Buffer, data: memoryview) -> Record:
         if kind == "bytes":
             position += what
             return bytes(data[position - what : position])
+        if kind == "masked":
+            pixels, mask = (whole(one) for one in what)
+            return np.ma.MaskedArray(pixels, mask)
         if kind in ("list", "tuple"):
             parts: Sequence[Any] = [whole(one) for one in what]
             return parts if kind == "list" else tuple(parts)
@@ -76,8 +83,18 @@ def decode(skeleton: Buffer, data: memoryview) -> Record:
         return ForeignItem(whole(fields["payload"]), fields["stream"], fields["position"])
     stream, rank, idx = fields["id"]
     identity, energy = EventId(stream, rank, idx), fields["energy"]
-    image = whole(fields["image"])
+    # In the order in which their bytes were written.
+    image, bad_bits = whole(fields["image"]), whole(fields["bad_bits"])
     if name == "Event":
-        return Event(identity, image, energy, fields["put_at"])
+        return Event(identity, image, energy, fields["put_at"], bad_bits)
     peaks = whole(fields["peaks"])
-    return Result(identity, image, peaks, energy, fields["bad_pixels"], fields["put_at"])
+    return Result(
+        identity,
+        image,
+        peaks,
+        energy,
+        fields["bad_pixels"],
+        fields["put_at"],
+        bad_bits,
+        fields["saturation"],
+    )

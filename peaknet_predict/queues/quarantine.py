@@ -162,14 +162,13 @@ def _write_array(file: Any, field: str, value: np.ndarray[Any, Any]) -> None:
 
 def _parts(record: Any) -> dict[str, Any]:
     """Return what a record consists of, by name."""
-    if isinstance(record, Event):
-        return {"image": record.image, "photon_energy": record.photon_energy}
-    if isinstance(record, Result):
-        return {
-            "image": record.image,
-            "photon_energy": record.photon_energy,
-            "peaks": record.peaks,
-        }
+    if isinstance(record, Event | Result):
+        parts = {"image": record.image, "photon_energy": record.photon_energy}
+        if record.bad_bits is not None:
+            parts["bad_bits"] = record.bad_bits
+        if isinstance(record, Result):
+            parts["peaks"] = record.peaks
+        return parts
     payload = getattr(record, "payload", record)
     if isinstance(payload, list | tuple):
         return {f"item_{k}": part for k, part in enumerate(payload[:100])}

@@ -101,7 +101,10 @@ def sanitized(value: Any, depth: int = _DEPTH) -> Any:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
     if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.kind != "V":
-        return np.asarray(value)
+        pixels = np.asarray(value)
+        if isinstance(value, np.ma.MaskedArray):
+            return np.ma.MaskedArray(pixels, np.ma.getmaskarray(value))
+        return pixels
     if isinstance(value, np.generic) and value.dtype.kind in "biufcSU":
         return value.item()
     if isinstance(value, list | tuple) and depth > 0:

@@ -12,12 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from peaknet_predict.pixels import unpack_mask
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
 
 def event_to_item(event: Event) -> list[Any]:
-    """Return the list that a reader of psana-ray's queue expects."""
-    return [event.id.rank, event.id.idx, event.image, event.photon_energy]
+    """Return the list that a reader of psana-ray's queue expects.
+
+    An image with declared bad pixels goes out as a masked array, as it may have come.
+    """
+    image = event.image
+    if event.bad_bits is not None:
+        image = np.ma.MaskedArray(image, unpack_mask(event.bad_bits, image.shape))
+    return [event.id.rank, event.id.idx, image, event.photon_energy]
 
 
 def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:

@@ -31,9 +31,11 @@ def found(directory: Path) -> list[Entry]:
 def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     peaks = np.array([[0.0, 1.5, 2.5]])
-    result = Result(EventId("s", 1, 2), np.zeros((2, 3), np.float32), peaks, 9.0, 4, 2.5)
+    bits = np.array([5], np.uint8)
+    result = Result(EventId("s", 1, 2), np.zeros((2, 3), np.float32), peaks, 9.0, 4, 2.5, bits, 7e4)
     payload = [1, 2, np.arange(6.0).reshape(2, 3)[:, ::-1], float("inf")]
-    strange = (b"raw", "text", 1j, None, Opaque("Strange thing"), np.zeros((0, 3)))
+    masked = np.ma.masked_greater(np.arange(6).reshape(2, 3), 3)
+    strange = (b"raw", "text", 1j, None, Opaque("Strange thing"), np.zeros((0, 3)), masked)
     put(spool, event(7), result, ForeignItem(payload, "f#0", 3), ForeignItem(strange, "f#0", 4))
     spool.close()
     one, two, three, four = (entry.record for entry in found(tmp_path / "spool"))
@@ -42,7 +44,8 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert one.image.dtype == np.dtype(">u2")
     np.testing.assert_array_equal(one.image, event(7).image)
     assert isinstance(two, Result)
-    assert (two.id, two.bad_pixels) == (EventId("s", 1, 2), 4)
+    assert (two.id, two.bad_pixels, two.saturation) == (EventId("s", 1, 2), 4, 7e4)
+    np.testing.assert_array_equal(two.bad_bits, bits)
     np.testing.assert_array_equal(two.peaks, peaks)
     assert isinstance(three, ForeignItem)
     np.testing.assert_array_equal(three.payload[2], payload[2])
@@ -50,6 +53,8 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert isinstance(four, ForeignItem)
     assert four.payload[:5] == strange[:5]
     assert four.payload[5].shape == (0, 3)
+    np.testing.assert_array_equal(four.payload[6].data, masked.data)
+    np.testing.assert_array_equal(four.payload[6].mask, masked.mask)
 
 
 def test_what_was_settled_does_not_come_back_but_its_key_is_known(tmp_path: Path) -> None:

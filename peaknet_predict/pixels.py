@@ -1,0 +1,82 @@
+"""Which pixels measured nothing: how that is written in the pixels, and how it travels.
+
+Dead pixels and gaps carry a value that no pixel counts to: the largest one of an unsigned dtype
+(DECTRIS), either end of a signed one. Other programs leave NaN, or give a mask of their own. Masks
+travel beside the image as bits, one per pixel.
+
+This module needs neither torch nor Ray. `peaknet_predict.preprocess.validity` applies the same
+rules on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bits = npt.NDArray[np.uint8]
+"""(ceil(P*H*W / 8),) uint8: a mask as `pack_mask` makes it."""
+
+FLOAT_LIMIT = 2.0**31
+"""Floating-point counts at or beyond this size, of either sign, are no measurement. It covers the
+ends of 32-bit integers, which calibration often widens to float32 (2**32 - 1 becomes 2**32)."""
+
+FLOAT_SENTINELS = (65535.0, -32768.0)
+"""The marks of 16-bit integers, widened to floating point. Calibrated counts hardly ever have
+exactly one of these values."""
+
+
+def sentinels(dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """Return the values of an integer dtype that mark bad pixels: the ends of its range.
+
+    Zero, the lower end of unsigned dtypes, is the most frequent count and marks nothing.
+    """
+    limits = np.iinfo(dtype)
+    return (limits.max,) if limits.min == 0 else (limits.min, limits.max)
+
+
+def find_bad_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return a mask of the image's shape, True where a pixel's value says that it is bad.
+
+    These are the rules of ``bad_values: auto``, for images that no predictor has judged.
+
+    Parameters
+    ----------
+    image
+        Detector counts, any integer or floating-point dtype, any shape.
+    """
+    if image.dtype.kind != "f":
+        bad = np.zeros(image.shape, np.bool_)
+        for end in sentinels(image.dtype):
+            bad |= image == end
+        return bad
+    # In float32, as on the device. NaN fails the comparison as well.
+    with np.errstate(over="ignore", invalid="ignore"):
+        counts = image.astype(np.float32, copy=False)
+        bad = ~(np.abs(counts) < FLOAT_LIMIT)
+        for value in FLOAT_SENTINELS:
+            bad |= counts == value
+    return bad
+
+
+def pack_mask(bad: npt.NDArray[np.bool_]) -> Bits:
+    """Return a mask as bits: 8 pixels a byte in memory order, the first in the lowest bit."""
+    return np.packbits(bad, axis=None, bitorder="little")
+
+
+def unpack_mask(bits: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Return the mask of a shape that `pack_mask` made bits of."""
+    flat = np.unpackbits(bits, count=int(np.prod(shape)), bitorder="little")
+    return flat.view(np.bool_).reshape(shape)
+
+
+def split_masked(image: Any) -> tuple[Any, Bits | None]:
+    """Take a masked array apart: its pixels, as they are under the mask, and the mask as bits.
+
+    Anything else comes back as it is, with None; so does a masked array of which nothing is masked.
+    """
+    if not isinstance(image, np.ma.MaskedArray):
+        return image, None
+    pixels, mask = np.ma.getdata(image), np.ma.getmaskarray(image)
+    return pixels, pack_mask(mask) if mask.any() else None
