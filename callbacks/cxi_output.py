@@ -15,7 +15,6 @@ from peaknet_predict.consume import ConsumeReport, write_cxi
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import (
     ClusterTask,
-    NativeQueue,
     ProcessLostError,
     connect_queue,
     run_in_cluster,
@@ -168,9 +167,8 @@ class CxiOutput(L.Callback):
 
     def _take_over(self, writer: QueueWriter) -> None:
         """See that all results come into files although rank 0, whose consumer writes, is gone."""
-        queue = connect_queue(writer.queue_address, "results")
-        while isinstance(queue, NativeQueue):
-            now = queue.statistics()
+        admin = connect_queue(writer.queue_address, "results").admin
+        while (now := admin.statistics()) is not None:
             if now.ended and not now.ready and not now.leased:
                 return
             if self._consumer is None or self._consumer.done():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from queue import Full
 from queue import Queue as BoundedQueue
 
-from peaknet_predict.queues import Queue
+from peaknet_predict.queues import Producer
 from peaknet_predict.types import EventId, Result
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
@@ -33,7 +33,7 @@ class Outbox:
     """
 
     def __init__(
-        self, queue: Queue, producer: str, accepted: Callable[[list[EventId]], None]
+        self, queue: Producer, producer: str, accepted: Callable[[list[EventId]], None]
     ) -> None:
         self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self.delivered = 0

@@ -111,7 +111,7 @@ class QueueWriter(BasePredictionWriter):
         datamodule: Any = getattr(trainer, "datamodule", None)
         self._dataset = datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
         # A run that takes the place of one that was killed can tell that it is: same input queue.
-        source = uuid4().hex[:8] if self._dataset is None else self._dataset.queue.uid
+        source = uuid4().hex[:8] if self._dataset is None else self._dataset.queue.admin.uid
         self._run = f"predict:{trainer.strategy.broadcast(source)}:"
         run = trainer.strategy.broadcast(uuid4().hex[:8])
         producers = [f"{self._run}{run}:rank{rank}" for rank in range(trainer.world_size)]
@@ -130,8 +130,8 @@ class QueueWriter(BasePredictionWriter):
         assert self._queue is not None
         if self._roster is not None:
             self._roster.sign_on()
-        self._queue.open(self._producer, of=trainer.world_size)
-        self._outbox = Outbox(self._queue, self._producer, self._acknowledge)
+        self._queue.producer.open(self._producer, of=trainer.world_size)
+        self._outbox = Outbox(self._queue.producer, self._producer, self._acknowledge)
 
     def write_on_batch_end(
         self,
@@ -225,7 +225,7 @@ class QueueWriter(BasePredictionWriter):
         dataset = self._dataset
         received = self.predicted + self.refused if dataset is None else dataset.received
         rest = received - self.predicted - self.refused
-        back = "given back" if dataset is not None and dataset.queue.native else "lost"
+        back = "given back" if dataset is not None and dataset.queue.admin.leases else "lost"
         log.info(
             "rank %d: received %d = predicted %d + refused %d%s; %d peaks",
             trainer.global_rank,
@@ -242,10 +242,10 @@ class QueueWriter(BasePredictionWriter):
             ):
                 if queue is not None:
                     log.log(
-                        logging.INFO if queue.native else logging.WARNING,
+                        logging.INFO if queue.admin.leases else logging.WARNING,
                         "promise of the %s queue: %s",
                         name,
-                        queue.promise,
+                        queue.admin.promise,
                     )
 
     def latency_ms(self, *percentiles: float) -> list[float]:
@@ -270,7 +270,7 @@ class QueueWriter(BasePredictionWriter):
         for refusal in refused:
             self._count_refusal(refusal)
         if refused and self._dataset is not None:
-            self._dataset.refuse(refused)
+            self._dataset.reject(refused)
         self._batches_accumulated += 1
         if self._batches_accumulated >= self.accumulation_steps:
             self._push()
@@ -334,7 +334,7 @@ class QueueWriter(BasePredictionWriter):
     def _leased_to_its_end(self) -> bool:
         """Whether the input has ended with nothing under lease any more, on any rank."""
         dataset = self._dataset
-        return dataset is not None and dataset.queue.native and dataset.ended
+        return dataset is not None and dataset.queue.admin.leases and dataset.ended
 
     def _sign_off(
         self, trainer: L.Trainer, failure: str | None, wait_for_ranks: bool = True
@@ -345,19 +345,22 @@ class QueueWriter(BasePredictionWriter):
         """
         queue = self._queue
         assert queue is not None
-        if queue.native:
+        closes_for_all = queue.producer.closes_for_all
+        if not closes_for_all:
             if self._leased_to_its_end:
                 # All there is to push has been pushed, by whichever rank.
-                queue.vouch(self._run, failure, self.num_consumers)
+                queue.producer.close_group(self._run, failure, self.num_consumers)
             else:
-                queue.close(self._producer, failure, self.num_consumers)
+                queue.producer.close(self._producer, failure, self.num_consumers)
         elsewhere = None
         if self._roster is not None:
-            elsewhere = self._roster.sign_off(failure, wait_for_ranks, lambda: queue.size() > 0)
+            elsewhere = self._roster.sign_off(
+                failure, wait_for_ranks, lambda: queue.admin.size() > 0
+            )
             if not trainer.is_global_zero and self._leased_to_its_end:
                 elsewhere = elsewhere or self._roster.look_at_rank_zero()
-        if not queue.native and trainer.is_global_zero:
-            queue.close(self._producer, failure or elsewhere, self.num_consumers)
+        if closes_for_all and trainer.is_global_zero:
+            queue.producer.close(self._producer, failure or elsewhere, self.num_consumers)
         return elsewhere
 
     @property
@@ -389,9 +392,9 @@ class QueueWriter(BasePredictionWriter):
         }
         try:
             if dataset is not None:
-                stages = {"input": queue_balance(dataset.queue), **stages}
+                stages = {"input": queue_balance(dataset.queue.admin), **stages}
             if self._queue is not None:
-                stages["output"] = queue_balance(self._queue)
+                stages["output"] = queue_balance(self._queue.admin)
             write_balance(path, {"problem": problem, "other_ranks": elsewhere, "stages": stages})
         except (OSError, QueueError) as error:
             log.error("the balance could not be written to %s: %s", path, error)

@@ -6,10 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from peaknet_predict.queues import NativeQueue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues.state import QueueStatistics
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 0.2  # between two looks at the other ranks
+_NOTICE_S = 2.0  # between two lines that say who is waited for
 _LAST_RANK_S = 600.0  # how long rank 0 waits for silent ranks after its own last result
 
 
@@ -38,21 +41,19 @@ class Roster:
 
     def __init__(self, name: str, ranks: Sequence[str], rank: int, silence_s: float) -> None:
         address = QueueAddress(name, producer_timeout_s=silence_s)
-        queue = connect_queue(address, "results", outlives_us=False)
-        assert isinstance(queue, NativeQueue)
         self.rank_zero_is_gone = False
-        self._queue = queue
+        self._queue: Queue = connect_queue(address, "results", outlives_us=False)
         self._ranks = list(ranks)
         self._rank = rank
         self._silence_s = silence_s
         if rank == 0:
             # All of them by rank 0: a rank that dies before it gets here is missed, too.
             for one in ranks:
-                queue.announce(one, of=len(ranks))
+                self._queue.producer.open(one, of=len(ranks), here=False)
 
     def sign_on(self) -> None:
         """Say from now on that this rank is alive."""
-        self._queue.open(self._ranks[self._rank], of=len(self._ranks))
+        self._queue.producer.open(self._ranks[self._rank], of=len(self._ranks))
 
     def sign_off(
         self, failure: str | None, wait: bool, may_wait_for_room: Callable[[], bool]
@@ -74,7 +75,7 @@ class Roster:
             What is wrong with other ranks, as far as this one knows.
         """
         try:
-            self._queue.close(self._ranks[self._rank], failure)
+            self._queue.producer.close(self._ranks[self._rank], failure)
             if self._rank == 0 and wait:
                 return self._wait_for_others(may_wait_for_room)
         except QueueError:
@@ -85,7 +86,7 @@ class Roster:
     def rank_zero_is_lost(self) -> bool:
         """Whether rank 0 has died or fallen silent while this rank, another, is at work."""
         try:
-            return "silent" in self._queue.statistics().failures.get(self._ranks[0], "")
+            return "silent" in self._statistics().failures.get(self._ranks[0], "")
         except QueueError:
             return True
 
@@ -94,30 +95,39 @@ class Roster:
         deadline = time.monotonic() + 2 * self._silence_s
         try:
             while time.monotonic() < deadline:
-                statistics = self._queue.statistics()
+                statistics = self._statistics()
                 failure = statistics.failures.get(self._ranks[0])
                 if failure is not None:
                     self.rank_zero_is_gone = "silent" in failure
                     return f"rank 0: {failure}"
                 if self._ranks[0] not in statistics.open_producers:
                     return None
-                time.sleep(0.2)
+                time.sleep(_LOOK_S)
         except QueueError:
             pass  # the roster goes with rank 0, also when all is well
         return None
 
+    def _statistics(self) -> QueueStatistics:
+        statistics = self._queue.admin.statistics()
+        assert statistics is not None, "the roster is a queue of ours"
+        return statistics
+
     def _wait_for_others(self, may_wait_for_room: Callable[[], bool]) -> str | None:
         """Wait until every rank has signed off or fallen silent; return what went wrong."""
         deadline = time.monotonic() + _LAST_RANK_S
-        while not self._queue.wait_ended(timeout_s=2.0):
-            missing = self._queue.statistics().open_producers
+        notice_at = time.monotonic()
+        while not (now := self._statistics()).ended:
+            missing = now.open_producers
             if may_wait_for_room():
                 # They may be waiting for room, which is the consumer's to make.
                 deadline = time.monotonic() + _LAST_RANK_S
             if time.monotonic() > deadline:
                 log.error("gave up waiting for %s", ", ".join(missing))
                 return f"{', '.join(missing)} did not end"
-            log.info("waiting for %s to push its last results", ", ".join(missing))
-        failures = self._queue.statistics().failures
+            if time.monotonic() > notice_at:
+                notice_at = time.monotonic() + _NOTICE_S
+                log.info("waiting for %s to push its last results", ", ".join(missing))
+            time.sleep(_LOOK_S)
+        failures = now.failures
         failures.pop(self._ranks[self._rank], None)
         return "; ".join(f"{who}: {what}" for who, what in failures.items()) or None

@@ -13,7 +13,13 @@ from typing import Literal
 from peaknet_predict.cxi.writer import CxiStatistics, CxiWriteError, CxiWriter
 from peaknet_predict.process.balance import queue_balance, write_balance
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
-from peaknet_predict.queues import NativeQueue, Queue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues import (
+    QueueAddress,
+    QueueError,
+    Reader,
+    connect_queue,
+    warn_of_leftovers,
+)
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
@@ -128,8 +134,8 @@ def write_cxi(
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
     connect(address)
-    results = connect_queue(queue, "results")
-    results.resumes = resume
+    results = connect_queue(queue, "results", resumes=resume)
+    warn_of_leftovers(results.admin, queue.name)
     writer = CxiWriter(
         directory,
         prefix,
@@ -138,43 +144,41 @@ def write_cxi(
         max_peaks=max_peaks,
         compression=compression,
         create=not resume,
-        owner=results.holder,
-        still_ours=results.still_held,
+        owner=results.reader.holder,
+        still_ours=results.reader.still_held,
     )
-    report = drain(results, writer, grace_s)
+    report = drain(results.reader, writer, grace_s)
     try:
-        stages = {"output": queue_balance(results), "files": report}
+        stages = {"output": queue_balance(results.admin), "files": report}
         write_balance(Path(directory) / f"{prefix}_balance.json", {"stages": stages})
     except (OSError, QueueError) as error:
         log.error("the balance could not be written: %s", error)
     return report
 
 
-def drain(queue: Queue, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeReport:
+def drain(reader: Reader, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeReport:
     """Write everything that comes out of a connected queue until its stream ends."""
     report = ConsumeReport(cxi=writer.statistics)
-    if isinstance(queue, NativeQueue):
-        queue.mention_leftovers()
-    reader = f"write-cxi:{secrets.token_hex(4)}"
+    group = f"write-cxi:{secrets.token_hex(4)}"
     ended = False
     with stop_requests(grace_s) as stop:
-        storage = _Storage(queue, writer, report, stop)
+        storage = _Storage(reader, writer, report, stop)
         try:
             while not ended and not stop.is_set():
-                taken, ended = queue.get(reader, _EVENTS_PER_GET, _WAIT_S)
+                taken, ended = reader.get(group, _EVENTS_PER_GET, _WAIT_S)
                 report.taken += len(taken)
-                before = {who for one in taken if one.id for who in queue.lost_by(one.id)}
+                before = {who for one in taken if one.id for who in reader.lost_by(one.id)}
                 if before:
                     storage.settle(lambda owners=before: writer.fence(owners))  # type: ignore[misc]
                 for item in taken:
                     storage.write(item)
-                if queue.flush_wanted:
+                if reader.flush_wanted:
                     storage.settle(writer.flush)
             storage.settle(writer.close)
         except CxiWriteError as error:
             log.error("gave up: %s", error)
-        report.given_back = queue.release()
-    report.failures = queue.failures
+        report.given_back = reader.release()
+    report.failures = reader.failures
     report.interrupted = not ended
     return report
 
@@ -184,12 +188,12 @@ class _Storage:
 
     def __init__(
         self,
-        queue: Queue,
+        reader: Reader,
         writer: CxiWriter,
         report: ConsumeReport,
         stop: StopRequest,
     ) -> None:
-        self._queue = queue
+        self._reader = reader
         self._writer = writer
         self._report = report
         self._stop = stop
@@ -222,14 +226,14 @@ class _Storage:
                 if self._stop.out_of_time(_RETRY_S):
                     raise
                 log.error("%s; trying again in %.0f s", error, _RETRY_S)
-                self._queue.touch()
+                self._reader.touch()
                 # Once it is set, waiting for the request would not wait at all.
                 pause = time.sleep if self._stop.is_set() else self._stop.wait
                 pause(_RETRY_S)
         if settled:
-            self._queue.ack(settled)
+            self._reader.ack(settled)
 
     def _refuse(self, refusal: Refusal) -> None:
         self._report.refused += 1
         log.warning("refused %s", refusal)
-        self._queue.refuse([refusal])
+        self._reader.reject([refusal])

@@ -18,12 +18,12 @@ from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import (
     ClusterError,
     ClusterTask,
-    NativeQueue,
     Queue,
     QueueAddress,
     QueueError,
     connect_queue,
     run_in_cluster,
+    warn_of_leftovers,
 )
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
@@ -48,15 +48,15 @@ class QueueDataset(IterableDataset[EventBatch]):
     reason, and travel with the batch to where results are counted.
 
     Events are leased: whoever brings a result to the next stage says so with `ack`, and with
-    `refuse` that an event cannot be processed. While there is nothing to take, but results are
+    `reject` that an event cannot be processed. While there is nothing to take, but results are
     outstanding, a batch without events comes out now and then: a reminder to fetch them.
 
     Parameters
     ----------
     queue
         Queue of events.
-    reader
-        Name under which this job reads; the ranks of one run share it.
+    group
+        The consumer group of this job; the ranks of one run share it.
     batch_size
         Most events of a batch.
     partial_sizes
@@ -89,7 +89,7 @@ class QueueDataset(IterableDataset[EventBatch]):
     def __init__(
         self,
         queue: Queue,
-        reader: str,
+        group: str,
         batch_size: int,
         partial_sizes: Sequence[int] = (),
         max_latency_ms: float | None = None,
@@ -103,7 +103,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         if not grace_s >= 0:
             raise ValueError(f"grace_s is {grace_s}; give 0 or more")
         self._queue = queue
-        self._reader = reader
+        self._group = group
         self._batcher = Batcher(batch_size, partial_sizes, pin_memory, max_event_bytes)
         self._max_latency_s = None if max_latency_ms is None else max_latency_ms / 1000
         self._check_producer = check_producer
@@ -156,18 +156,18 @@ class QueueDataset(IterableDataset[EventBatch]):
             if due_in_s <= 0 and self._ready.empty():
                 yield batcher.take()
                 continue
-            taken, self.ended = self._queue.get(
-                self._reader, batcher.room, min(_WAIT_S, max(due_in_s, _BEHIND_S))
+            taken, self.ended = self._queue.reader.get(
+                self._group, batcher.room, min(_WAIT_S, max(due_in_s, _BEHIND_S))
             )
             self.received += len(taken)
             if taken:
                 self._active_at = time.monotonic()
             yield from batcher.add(taken)
             # With flush, nothing more comes before these have become results.
-            if batcher.is_full or (self._queue.flush_wanted and not batcher.is_empty):
+            if batcher.is_full or (self._queue.reader.flush_wanted and not batcher.is_empty):
                 yield batcher.take()
             elif not taken and not self.ended:
-                if self._check_producer is not None and not self._queue.flush_wanted:
+                if self._check_producer is not None and not self._queue.reader.flush_wanted:
                     self._check_producer()
                 if self._should_remind():
                     yield without_events([])
@@ -176,9 +176,9 @@ class QueueDataset(IterableDataset[EventBatch]):
 
     def _should_remind(self) -> bool:
         """Whether somebody waits for results that the caller may have and not fetched."""
-        if not self._queue.unsettled or not self._ready.empty():
+        if not self._queue.reader.unsettled or not self._ready.empty():
             return False
-        if self._queue.flush_wanted:
+        if self._queue.reader.flush_wanted:
             time.sleep(_REMIND_S)
         elif time.monotonic() - self._active_at < _WAIT_S:
             return False
@@ -194,19 +194,19 @@ class QueueDataset(IterableDataset[EventBatch]):
 
     def ack(self, ids: Iterable[EventId]) -> None:
         """Say that the next stage has the results of these events."""
-        self._queue.ack(ids)
+        self._queue.reader.ack(ids)
 
-    def refuse(self, refusals: Sequence[Refusal]) -> None:
+    def reject(self, refusals: Sequence[Refusal]) -> None:
         """Have these events put into quarantine."""
-        self._queue.refuse(refusals)
+        self._queue.reader.reject(refusals)
 
     def release(self, failure: str | None = None) -> int:
         """Give back what is held; with a ``failure``, as events that may have caused it."""
-        return self._queue.release(failure)
+        return self._queue.reader.release(failure)
 
     def touch(self) -> None:
         """Note that the run is alive, though it waits."""
-        self._queue.touch()
+        self._queue.reader.touch()
 
     @property
     def queue(self) -> Queue:
@@ -215,7 +215,7 @@ class QueueDataset(IterableDataset[EventBatch]):
 
     def size(self) -> int:
         """Return how many events wait in the queue."""
-        return self._queue.size()
+        return self._queue.admin.size()
 
     def problem(self) -> str | None:
         """Say why, at the end of the loop, the stream has not been read whole; None if it has."""
@@ -226,8 +226,8 @@ class QueueDataset(IterableDataset[EventBatch]):
                 "the prediction loop ended before the input stream did; look for "
                 "limit_predict_batches in the configuration"
             )
-        if self._queue.failures:
-            return f"the input stream is incomplete: {self._queue.failures}"
+        if self._queue.reader.failures:
+            return f"the input stream is incomplete: {self._queue.reader.failures}"
         return None
 
 
@@ -299,20 +299,17 @@ class QueueDataModule(L.LightningDataModule):
             try:
                 cluster = connect(self.address)
                 found = connect_queue(self.queue_address, "events")
-                if isinstance(found, NativeQueue):
-                    found.mention_leftovers()
+                warn_of_leftovers(found.admin, self.queue_address.name)
             except (ClusterError, QueueError) as error:
                 problem = error
-        reader = f"predict:{secrets.token_hex(4)}"
-        cluster, reader, problem = strategy.broadcast((cluster, reader, problem))
+        group = f"predict:{secrets.token_hex(4)}"
+        cluster, group, problem = strategy.broadcast((cluster, group, problem))
         if problem is not None:
             raise problem
         connect(cluster)
-        queue = connect_queue(self.queue_address, "events")
-        queue.resumes = self.resume
         self.dataset = QueueDataset(
-            queue,
-            reader,
+            connect_queue(self.queue_address, "events", resumes=self.resume),
+            group,
             self.batch_size,
             self.partial_sizes,
             self.max_latency_ms,

@@ -18,13 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from peaknet_predict.queues import (
-    ClusterError,
-    NativeQueue,
-    QueueAddress,
-    QueueError,
-    connect_queue,
-)
+from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
 
 _MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
@@ -208,22 +202,22 @@ def _check_queue(address: QueueAddress) -> Iterator[Finding]:
     problem = ""
     for kind in ("events", "results"):
         try:
-            queue = connect_queue(address, kind)
+            admin = connect_queue(address, kind).admin
         except QueueError as error:
             problem = str(error)
             continue
-        if not isinstance(queue, NativeQueue):
+        now = admin.statistics()
+        if now is None:
             yield Finding(
                 "warn",
-                f"queue {address.name!r}: {queue.size()} waiting; three methods only, as "
-                f"psana-ray's. {queue.promise}",
+                f"queue {address.name!r}: {admin.size()} waiting; three methods only, as "
+                f"psana-ray's. {admin.promise}",
             )
             return
-        now = queue.statistics()
         yield Finding(
             "warn" if now.problem else "ok",
             f"queue {address.name!r}: {now.ready} waiting, {now.leased} leased, "
-            f"{now.acknowledged} acknowledged, {now.quarantined} in quarantine; {queue.promise}; "
+            f"{now.acknowledged} acknowledged, {now.quarantined} in quarantine; {admin.promise}; "
             f"open producers: {', '.join(now.open_producers) or 'none'}"
             + (f"; {now.problem}" if now.problem else ""),
         )

@@ -132,34 +132,29 @@ def push(
     balance: str | None = None,
 ) -> FeedReport:
     """Push events into a connected queue; parameters as for `feed`."""
-    if stream is not None and not queue.native:
-        raise ValueError(
-            "stream: another program's queue does not know which events it has had, so that no "
-            "producer can go on in it; leave the stream's name out"
-        )
-    first = 0 if stream is None else queue.first_missing(stream, rank)
+    first = 0 if stream is None else queue.producer.first_missing(stream, rank)
     if first:
         log.info("stream %s: the queue has had the events before %d", stream, first)
     stream = stream or new_stream_id()
     producer = f"feed:{stream}:{rank}"
-    queue.open(producer, of=producers)
+    queue.producer.open(producer, of=producers)
     started = time.monotonic()
     read = fed = 0
     failure: str | None = "the producer ended early"
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
-            lots, put_s = _Lots(events, started, rate_hz), 0.0
-            while lot := lots.next(fed, put_s, stop):
-                read += len(lot)
+            batches, put_s = _PutBatches(events, started, rate_hz), 0.0
+            while batch := batches.next(fed, put_s, stop):
+                read += len(batch)
                 if rate_hz is not None:
                     stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
                 if stop.is_set():
                     break
                 began = time.monotonic()
-                for event in lot:
+                for event in batch:
                     event.put_at = time.time()
-                fed += queue.put(producer, lot, stop)
+                fed += queue.producer.put(producer, batch, stop)
                 put_s = time.monotonic() - began
             # A signal that comes with the last event has interrupted nothing.
             failure = "interrupted" if fed < read else None
@@ -167,7 +162,7 @@ def push(
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            queue.close(producer, failure)
+            queue.producer.close(producer, failure)
             report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
             if balance is not None:
                 _write_balance(balance, queue, report, rank, first, failure)
@@ -186,7 +181,7 @@ def _write_balance(
         "seconds": report.seconds,
     }
     try:
-        stages = {"feed": counts, "input": queue_balance(queue)}
+        stages = {"feed": counts, "input": queue_balance(queue.admin)}
         write_balance(path_of_rank(path, rank), {"problem": problem, "stages": stages})
     except (OSError, QueueError) as error:
         log.error("the balance could not be written to %s: %s", path, error)
@@ -221,8 +216,8 @@ def is_due(started: float, number: int, rate_hz: float | None) -> bool:
     return rate_hz is None or time.monotonic() >= started + number / rate_hz
 
 
-class _Lots:
-    """Groups events for transport.
+class _PutBatches:
+    """Groups events that travel in one put.
 
     A failure of the source is raised once what was read before it has gone out.
     """
@@ -234,30 +229,30 @@ class _Lots:
         self._failure: Exception | None = None
 
     def next(self, fed: int, put_s: float, stop: threading.Event) -> list[Event]:
-        """Return what the next put takes: an event, and with it those that are due by now.
+        """Return the next put's events: the next event, and those after it that are due by now.
 
         ``put_s`` is how long the last put took. An event that took longer to read is the last of
-        its lot: with a slow source, none waits for the next one.
+        its batch, so that no event of a slow source waits for the next one.
         """
         if self._failure is not None:
             raise self._failure
-        lot: list[Event] = []
-        while not lot or (
-            len(lot) < EVENTS_PER_PUT
-            and is_due(self._started, fed + len(lot), self._rate_hz)
+        batch: list[Event] = []
+        while not batch or (
+            len(batch) < EVENTS_PER_PUT
+            and is_due(self._started, fed + len(batch), self._rate_hz)
             and not stop.is_set()
         ):
             began = time.monotonic()
             try:
                 event = next(self._events, None)
             except Exception as error:
-                if not lot:
+                if not batch:
                     raise
                 self._failure = error
                 break
             if event is None:
                 break
-            lot.append(event)
+            batch.append(event)
             if time.monotonic() - began > put_s:
                 break
-        return lot
+        return batch

@@ -34,9 +34,11 @@ import yaml
 
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.cxi.file import read_ids
-from peaknet_predict.queues import ForeignQueue, NativeQueue, QueueAddress, connect_queue
+from peaknet_predict.queues import Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
+from peaknet_predict.queues.native import NativeReader
 from peaknet_predict.queues.quarantine import read_index
+from peaknet_predict.queues.state import QueueStatistics
 from peaknet_predict.types import EventId
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,13 +59,13 @@ def fragile_command() -> None:
     """Be `peaknet-predict`, but perhaps die between a file's new name and its acknowledgement."""
     from peaknet_predict.cli import run
 
-    acknowledge = NativeQueue.ack
+    acknowledge = NativeReader.ack
 
-    def ack(self: NativeQueue, ids: Iterable[EventId]) -> None:
+    def ack(self: NativeReader, ids: Iterable[EventId]) -> None:
         _perhaps_die()
         acknowledge(self, ids)
 
-    NativeQueue.ack = ack  # type: ignore[method-assign]
+    NativeReader.ack = ack  # type: ignore[method-assign]
     run()
 
 
@@ -127,9 +129,10 @@ class Part:
         return ranks or [pid]
 
 
-def _own(queue: NativeQueue | ForeignQueue) -> NativeQueue:
-    assert isinstance(queue, NativeQueue)
-    return queue
+def _statistics(queue: Queue) -> QueueStatistics:
+    statistics = queue.admin.statistics()
+    assert statistics is not None
+    return statistics
 
 
 def _move(path: Path, to: Path) -> None:
@@ -168,8 +171,8 @@ class Run:
             for kind in ("in", "out")
         }
         self.clients = {
-            "in": _own(connect_queue(self.queues["in"], "events")),
-            "out": _own(connect_queue(self.queues["out"], "results")),
+            "in": connect_queue(self.queues["in"], "events"),
+            "out": connect_queue(self.queues["out"], "results"),
         }
         self.cxi = directory / "cxi"
         self.cxi.mkdir()
@@ -269,7 +272,7 @@ class Run:
         for part in parts:
             part.start()
         # Processes that have not begun yet teach nothing.
-        self._wait(lambda: self.clients["out"].statistics().accepted > 0, "the first result")
+        self._wait(lambda: _statistics(self.clients["out"]).accepted > 0, "the first result")
         kinds = self.faults()
         deadline = time.monotonic() + _LIMIT_S
         left, due = faults, time.monotonic()
@@ -335,7 +338,7 @@ class Run:
         """Say how things stand, for the error of a run that does not end."""
         parts = [*self.feeds, self.predict, *self.writers]
         states = {part.name: part.codes if part.ended() else "running" for part in parts}
-        return f"{states}; {[client.statistics() for client in self.clients.values()]}"
+        return f"{states}; {[_statistics(client) for client in self.clients.values()]}"
 
     def _over(self) -> bool:
         feeds = all(part.ended() and part.codes[-1] == 0 for part in self.feeds)
@@ -354,7 +357,7 @@ class Run:
             part.start()
 
     def _drained(self) -> bool:
-        now = self.clients["out"].statistics()
+        now = _statistics(self.clients["out"])
         return bool(now.ended and not now.ready and not now.leased)
 
     def _send(self, parts: Sequence[Part], number: signal.Signals) -> str | None:

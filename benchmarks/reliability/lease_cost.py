@@ -122,7 +122,7 @@ def produce(name: str, leased: bool, rank: int, load: Load) -> tuple[float, floa
     queue = connect_queue(_address(name), "events") if leased else None
     handle = ray.get_actor(name, namespace="peaknet")
     if queue is not None:
-        queue.open(f"p{rank}", load.pairs)
+        queue.producer.open(f"p{rank}", load.pairs)
     image = np.zeros((4, 512, max(1, load.nbytes // (4 * 512 * 4))), np.float32)
     rate_hz = None if load.rate_hz is None else load.rate_hz / load.pairs
     began, started, idx, puts = time.time(), time.monotonic(), 0, 0
@@ -134,14 +134,14 @@ def produce(name: str, leased: bool, rank: int, load: Load) -> tuple[float, floa
             time.sleep(max(0.0, started + idx / rate_hz - time.monotonic()))
         events = [Event(EventId("s", rank, idx + i), image, 9500.0) for i in range(lot)]
         if queue is not None:
-            queue.put(f"p{rank}", events)
+            queue.producer.put(f"p{rank}", events)
         else:
             ray.get(handle.put_many.remote(events))
         idx += lot
         puts += 1
     ended = time.time()
     if queue is not None:
-        queue.close(f"p{rank}")
+        queue.producer.close(f"p{rank}")
     else:
         ray.get(handle.close.remote())
     return began, ended, idx, puts
@@ -160,7 +160,7 @@ def read(name: str, leased: bool) -> list[tuple[float, int]]:
         wanted = BATCH - len(batch)
         events: Any
         if queue is not None:
-            events, ended = queue.get("reader", wanted, 2.0)
+            events, ended = queue.reader.get("reader", wanted, 2.0)
             ended = ended and not events
         else:
             events = ray.get(handle.get_many.remote(wanted))
@@ -168,10 +168,10 @@ def read(name: str, leased: bool) -> list[tuple[float, int]]:
         if events:
             arrivals.append((time.time(), len(events)))
             batch += [event.id for event in events]
-        full = len(batch) == BATCH or (queue is not None and queue.flush_wanted)
+        full = len(batch) == BATCH or (queue is not None and queue.reader.flush_wanted)
         if full or ended:
             if queue is not None:
-                queue.ack([key for key in batch if key is not None])
+                queue.reader.ack([key for key in batch if key is not None])
             batch = []
     return arrivals
 

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.reliability.chaos import REPOSITORY
 from peaknet_predict.cxi.file import read_ids
-from peaknet_predict.queues import NativeQueue, QueueAddress, connect_queue
+from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
 
 EVERY_S = 5.0
@@ -79,7 +79,7 @@ def actor_pid(name: str) -> int:
 def soak(directory: Path, cluster: str, num_events: int) -> dict[str, list[int]]:
     """Run the chain; return the memory of every process, in order of time."""
     name = f"soak-{os.getpid()}"
-    inputs = connect_queue(QueueAddress(f"{name}-in"), "events")
+    inputs = connect_queue(QueueAddress(f"{name}-in"), "events").admin
     connect_queue(QueueAddress(f"{name}-out"), "results")
     source = (
         "--source",
@@ -103,14 +103,14 @@ def soak(directory: Path, cluster: str, num_events: int) -> dict[str, list[int]]
     pids = {key: process.pid for key, process in processes.items()}
     pids |= {"input queue": actor_pid(f"{name}-in"), "output queue": actor_pid(f"{name}-out")}
     memory: dict[str, list[int]] = {key: [] for key in pids}
-    assert isinstance(inputs, NativeQueue)
     while any(process.poll() is None for process in processes.values()):
         time.sleep(EVERY_S)
         for key, pid in pids.items():
             size = resident(pid)
             if size is not None and (key not in processes or processes[key].poll() is None):
                 memory[key].append(size)
-        done = inputs.statistics().acknowledged
+        statistics = inputs.statistics()
+        done = 0 if statistics is None else statistics.acknowledged
         sizes = ", ".join(
             f"{key} {sizes[-1] / 2**20:.0f}" for key, sizes in memory.items() if sizes
         )

@@ -31,7 +31,13 @@ from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.feed import push
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.queues import QueueAddress, connect_queue, run_in_cluster
+from peaknet_predict.queues import (
+    QueueAddress,
+    Reader,
+    Taken,
+    connect_queue,
+    run_in_cluster,
+)
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
 from peaknet_predict.types import EventId, Image, Result
@@ -60,12 +66,19 @@ def produce(
     push(Repeated(num_events), connect_queue(queue, "events"), rate_hz, rank=rank, producers=of)
 
 
+def take(reader: Reader, group: str) -> tuple[list[Taken], bool]:
+    """Get, and acknowledge at once."""
+    taken, ended = reader.get(group, 32, 1.0)
+    reader.ack([one.id for one in taken if one.id is not None])
+    return taken, ended
+
+
 def discard(queue: QueueAddress) -> int:
     """Take results until the end, as a writer with an infinitely fast disk would."""
-    client = connect_queue(queue, "results")
+    reader = connect_queue(queue, "results").reader
     taken, ended = 0, False
     while not ended:
-        results, ended = client.take("discard", 32, 1.0)
+        results, ended = take(reader, "discard")
         taken += len(results)
     return taken
 
@@ -73,12 +86,12 @@ def discard(queue: QueueAddress) -> int:
 def relay(name: str, producers: int, num_events: int) -> float:
     """Events per second from producers to one reader that does nothing with them."""
     queue = QueueAddress(name, max_events=256)
-    client = connect_queue(queue, "events")
+    reader = connect_queue(queue, "events").reader
     for rank in range(producers):
         run_in_cluster(produce, queue, num_events // producers, None, producers, rank)
     taken, ended, began = 0, False, 0.0
     while not ended:
-        events, ended = client.take("relay", 32, 1.0)
+        events, ended = take(reader, "relay")
         if events and not began:
             began = time.perf_counter()  # the producers' start-up is not the rate
             continue
@@ -89,8 +102,8 @@ def relay(name: str, producers: int, num_events: int) -> float:
 def send(name: str, num_events: int) -> float:
     """Results per second from one writer to one reader that does nothing with them."""
     queue = QueueAddress(name, max_events=256)
-    client = connect_queue(queue, "results")
-    client.open("sender")
+    producer = connect_queue(queue, "results").producer
+    producer.open("sender")
     reader = run_in_cluster(discard, queue)
     source = Repeated(num_events)
     lot: list[Result] = []
@@ -98,10 +111,10 @@ def send(name: str, num_events: int) -> float:
     for idx, image, energy in source.events():
         lot.append(Result(EventId("s", 0, idx), image, np.zeros((50, 3)), energy))
         if len(lot) == EVENTS:
-            client.put("sender", lot)
+            producer.put("sender", lot)
             began = began or time.perf_counter()
             lot = []
-    client.close("sender")
+    producer.close("sender")
     reader.result()
     return (num_events - EVENTS) / (time.perf_counter() - began)
 

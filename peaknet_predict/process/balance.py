@@ -26,11 +26,12 @@ class SurvivedError(RuntimeError):
     """Every event is accounted for, but a process of the run died or failed."""
 
 
-def queue_balance(queue: Any) -> dict[str, Any]:
-    """Return what a queue says of its events, and what it promises of them."""
-    balance: dict[str, Any] = {"promise": queue.promise}
-    if queue.native:
-        balance |= asdict(queue.statistics())
+def queue_balance(admin: Any) -> dict[str, Any]:
+    """Return what a queue promises of its events and, if it counts them, its counts."""
+    balance: dict[str, Any] = {"promise": admin.promise}
+    statistics = admin.statistics()
+    if statistics is not None:
+        balance |= asdict(statistics)
         balance.pop("largest")
     return balance
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
@@ -90,7 +90,6 @@ class QueueActor:
             found.entries = []  # the state's, from now on
         self._producers = Line[bool](self._serve)
         self._readers = Line[Delivery](self._serve)
-        self._watchers = Line[bool](self._serve)
         self._rest = Rest(REST_S, self._serve)
         self._syncing = asyncio.Lock()
         self._synced = (0, 0)
@@ -131,9 +130,9 @@ class QueueActor:
         """End a producer's part of the stream."""
         self._change(lambda: self._state.close(producer, failure, end_markers))
 
-    async def vouch(self, prefix: str, failure: str | None, end_markers: int) -> None:
-        """Close the parts of all producers of a name: what one left undone, others have done."""
-        self._change(lambda: self._state.vouch(prefix, failure, end_markers))
+    async def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
+        """End the parts of all producers whose names begin so, and forget their own failures."""
+        self._change(lambda: self._state.close_group(prefix, failure, end_markers))
 
     async def put_many(self, call: tuple[str, Sequence[Record], float]) -> tuple[int, str | None]:
         """Take records as room appears.
@@ -202,9 +201,9 @@ class QueueActor:
         """End leases whose records the next stage has; return the stale tokens."""
         return self._change(lambda: self._state.ack(tokens))
 
-    async def refuse(self, reasons: dict[int, str]) -> list[int]:
+    async def reject(self, reasons: dict[int, str]) -> list[int]:
         """Quarantine leased records, each for a reason; return the stale tokens."""
-        return self._change(lambda: self._state.refuse(reasons))
+        return self._change(lambda: self._state.reject(reasons))
 
     async def release(self, tokens: list[int], failure: str | None) -> None:
         """Give leased records back."""
@@ -214,20 +213,13 @@ class QueueActor:
         """Return those of the tokens that are current."""
         return self._change(lambda: self._state.held(tokens))
 
-    async def hear(self, holder: str, producers: list[str]) -> None:
-        """Note that a process is alive."""
-        self._state.hear(holder, producers)
+    async def heartbeat(self, holder: str, producers: list[str]) -> None:
+        """Note that a process is alive, as a holder of leases and as producers."""
+        self._state.heartbeat(holder, producers)
 
     async def first_missing(self, stream: str, rank: int) -> int:
         """Return the first idx of a stream that was never accepted."""
         return self._state.keys.first_missing(stream, rank)
-
-    async def wait_ended(self, timeout_s: float) -> bool:
-        """Wait until every producer has closed the stream; say whether they have."""
-        ended = await self._watchers.answer(
-            object(), lambda: self._state.streams.ended or None, timeout_s
-        )
-        return ended is not None
 
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
@@ -243,7 +235,6 @@ class QueueActor:
             self._serve()
 
     def _serve(self) -> None:
-        self._watchers.serve(lambda wanted: self._state.streams.ended)
         while True:
             self._producers.serve(lambda wanted: not self._state.full)
             # What readers have taken leaves room.

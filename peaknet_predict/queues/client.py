@@ -3,103 +3,26 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterable, Sequence
+import secrets
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from peaknet_predict.queues.actor import PROTOCOL, Description, QueueActor
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.cluster import known_actors
-from peaknet_predict.queues.foreign import ForeignQueue
-from peaknet_predict.queues.native import NativeQueue, Taken
+from peaknet_predict.queues.foreign import ForeignAdmin, ForeignProducer, ForeignReader
+from peaknet_predict.queues.native import NativeAdmin, NativeProducer, NativeReader
 from peaknet_predict.queues.records import Kind
-from peaknet_predict.types import Event, EventId, Refusal, Result
+from peaknet_predict.queues.roles import Admin, Queue
+from peaknet_predict.queues.transport import ActorCalls
 
 log = logging.getLogger(__name__)
 
 
-class Queue(Protocol):
-    """What the rest of the program does with a queue, whichever actor is behind it."""
-
-    failures: dict[str, str]
-    """At the end of the stream: producers that ended early, and why."""
-
-    native: bool
-    """Whether it is our own actor: leases records, knows their identity and the stream's end."""
-
-    flush_wanted: bool
-    """Whether nothing more comes before what is held here has been brought to an end."""
-
-    resumes: bool
-    """Whether this reader takes the place of one that died, and waits for no other stream."""
-
-    uid: str
-    """Names the queue apart from every other."""
-
-    holder: str
-    """Names this client to the queue."""
-
-    @property
-    def promise(self) -> str:
-        """What is promised of records in this queue, in words."""
-
-    def open(self, producer: str, of: int = 1) -> None:
-        """Announce a producer, one of ``of``."""
-
-    def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """End a producer's part of the stream."""
-
-    def vouch(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """Close the parts of all producers of a name, whose work others have done."""
-
-    def put(
-        self,
-        producer: str,
-        records: Sequence[Event | Result],
-        stop: threading.Event | None = None,
-    ) -> int:
-        """Put records, waiting for room until ``stop`` is set; return how many were accepted."""
-
-    def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
-        """Lease up to ``max_records`` within ``timeout_s``; True at the end of the stream."""
-
-    def take(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
-        """As `get`, but acknowledged at once: for readers that need no promise."""
-
-    def ack(self, ids: Iterable[EventId]) -> None:
-        """Say that the next stage has these."""
-
-    def refuse(self, refusals: Iterable[Refusal]) -> None:
-        """Have these put into quarantine."""
-
-    def release(self, failure: str | None = None) -> int:
-        """Give back all that is held; return how many records that were."""
-
-    def still_held(self, ids: Iterable[EventId]) -> set[EventId]:
-        """Ask which of these are leased to us at this moment."""
-
-    @property
-    def unsettled(self) -> int:
-        """How many records are held here."""
-
-    def lost_by(self, key: EventId) -> tuple[str, ...]:
-        """Return the holders that had a record before us and were lost."""
-
-    def touch(self) -> None:
-        """Note that the work goes on."""
-
-    def first_missing(self, stream: str, rank: int) -> int:
-        """Return the first idx of a stream that was never accepted; 0 where that is not known."""
-
-    def size(self) -> int:
-        """Return how many items can be taken now."""
-
-
 def connect_queue(
-    address: QueueAddress, kind: Kind, outlives_us: bool = True
-) -> NativeQueue | ForeignQueue:
+    address: QueueAddress, kind: Kind, outlives_us: bool = True, resumes: bool = False
+) -> Queue:
     """Find a queue by name, or make it, in the cluster this process has joined.
 
     Parameters
@@ -110,6 +33,9 @@ def connect_queue(
         What it holds.
     outlives_us
         Whether a queue made here stays when this process ends, for those who still read it.
+    resumes
+        Whether its reader takes the place of one that died: if the stream has been read to its end
+        meanwhile, it ends too, instead of waiting for the next one.
 
     Raises
     ------
@@ -127,7 +53,12 @@ def connect_queue(
         handle = _make(address, kind, outlives_us)
     if not hasattr(handle, "describe"):
         _check_three_methods(handle, address)
-        return ForeignQueue(handle, address, kind)
+        uid = f"{address.name}@{secrets.token_hex(4)}"
+        return Queue(
+            ForeignProducer(handle, address, kind),
+            ForeignReader(handle, address, kind, uid),
+            ForeignAdmin(handle, address, uid),
+        )
     try:
         description = ray.get(handle.describe.remote())
     except ray.exceptions.ActorDiedError as error:
@@ -141,7 +72,23 @@ def connect_queue(
             f"{description.protocol}, ours is {PROTOCOL}); end that run, or use another name"
         )
     _check_description(description, address, kind)
-    return NativeQueue(handle, address.name, kind, description)
+    calls = ActorCalls(handle, description.address)
+    return Queue(
+        NativeProducer(calls),
+        NativeReader(calls, kind, resumes),
+        NativeAdmin(calls, description.uid),
+    )
+
+
+def warn_of_leftovers(admin: Admin, name: str) -> None:
+    """Say in the log if what is in a queue was put by a run that has already ended."""
+    now = admin.statistics()
+    if now is not None and now.ended and now.ready:
+        log.warning(
+            "queue %r still holds %d events of a stream that has ended; they come first",
+            name,
+            now.ready,
+        )
 
 
 def _make(address: QueueAddress, kind: Kind, outlives_us: bool) -> Any:

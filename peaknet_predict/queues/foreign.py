@@ -1,21 +1,25 @@
-"""Client of an actor that knows only ``put``, ``get`` and ``size``, such as psana-ray's."""
+"""An actor that knows only ``put``, ``get`` and ``size``, such as psana-ray's, in three roles.
+
+Such a queue hands every item out once and for good, cannot tell "empty" from "ended" (both are
+``None``), cannot tell producers apart and counts nothing. Items keep the identity that their
+producer gave them.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peaknet_predict.queues.address import QueueAddress, QueueError
-from peaknet_predict.queues.native import Taken
-from peaknet_predict.queues.patience import Patience
 from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, Kind, Opaque
+from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.streams import StreamBook
+from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import (
     event_to_item,
     item_to_event,
@@ -27,45 +31,22 @@ from peaknet_predict.types import Event, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
 
+_LONGEST_PAUSE_S = 1.0  # between two tries of a put
+_LONGEST_POLL_S = 0.1  # between two looks for an item
 
-class ForeignQueue:
-    """Client of an actor that knows only ``put``, ``get`` and ``size``, such as psana-ray's.
 
-    Such a queue hands every item out once and for good, cannot tell "empty" from "ended" (both are
-    ``None``), and cannot tell producers apart. Items keep the identity their producer gave them.
-    Leases, acknowledgements and repeated puts are more than it can do: the methods for them do
-    nothing, and `promise` says what that means.
-    """
+class ForeignProducer:
+    """Fills another program's queue, as the only producer of its stream."""
 
-    native = False
-    flush_wanted = False
+    closes_for_all = True
 
     def __init__(self, handle: Any, address: QueueAddress, kind: Kind) -> None:
         self._handle = handle
-        self._address = address
+        self._name = address.name
         self._kind = kind
-        self.failures: dict[str, str] = {}
-        self.resumes = False
-        self._items_taken = 0
-        # Such a queue names no stream, and its producers count from 0 in every run.
-        self.uid = f"{address.name}@{secrets.token_hex(4)}"
-        self.holder = self.uid
-        self._names = StreamBook(self.uid)
-        self._idle_s = 0.0
-        self._waiting = Patience(f"no event in queue {address.name!r}")
-        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes)
-        self._under_way: dict[EventId, Any] = {}  # and the item it came in
 
-    @property
-    def promise(self) -> str:
-        """What is promised of records in this queue."""
-        return (
-            "weaker: another program's queue hands an event out once, so that what a killed "
-            "process had taken is lost; and an answer that is lost is a put that may be lost"
-        )
-
-    def open(self, producer: str, of: int = 1) -> None:
-        """Check that nothing is asked that such a queue cannot do: it knows no producers.
+    def open(self, producer: str, of: int = 1, here: bool = True) -> None:
+        """Check that such a queue can do what is asked.
 
         Raises
         ------
@@ -74,9 +55,32 @@ class ForeignQueue:
         """
         if of > 1 and self._kind == "events":
             raise QueueError(
-                f"queue {self._address.name!r} is another program's and cannot tell {of} producers "
+                f"queue {self._name!r} is another program's and cannot tell {of} producers "
                 "apart; feed it with one, or let this program make the queue"
             )
+
+    def first_missing(self, stream: str, rank: int) -> int:
+        """Raise `QueueError`: such a queue does not know which events it has had."""
+        raise QueueError(
+            f"stream {stream!r}: queue {self._name!r} is another program's and does not know which "
+            "events it has had, so that no producer can go on in it; leave the stream's name out"
+        )
+
+    def put(
+        self,
+        producer: str,
+        records: Sequence[Event | Result],
+        stop: threading.Event | None = None,
+    ) -> int:
+        """Put records, with back-off and jitter until ``stop`` is set; results in one item."""
+        accepted = 0
+        results = [record for record in records if isinstance(record, Result)]
+        if results and self._put_item(results_to_item(results), stop):
+            accepted += len(results)
+        for record in records:
+            if isinstance(record, Event) and self._put_item(event_to_item(record), stop):
+                accepted += 1
+        return accepted
 
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
         """Put ``end_markers`` end items, each until it is accepted.
@@ -87,32 +91,62 @@ class ForeignQueue:
         for _ in range(end_markers):
             self._put_item(marker)
 
-    def vouch(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """Do nothing: such a queue knows no producers."""
+    def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
+        """Put ``end_markers`` end items: they end the stream of every producer."""
+        self.close(prefix, failure, end_markers)
 
-    def put(
-        self,
-        producer: str,
-        records: Sequence[Event | Result],
-        stop: threading.Event | None = None,
-    ) -> int:
-        """Put records, retrying with back-off and jitter until ``stop`` is set; results together.
+    def _put_item(self, item: Any, stop: threading.Event | None = None) -> bool:
+        import ray
 
-        Returns
-        -------
-        int
-            How many were accepted: all, unless ``stop`` was set.
-        """
-        accepted = 0
-        results = [record for record in records if isinstance(record, Result)]
-        if results and self._put_item(results_to_item(results), stop):
-            accepted += len(results)
-        for record in records:
-            if isinstance(record, Event) and self._put_item(event_to_item(record), stop):
-                accepted += 1
-        return accepted
+        notice = WaitingNotice(f"queue {self._name!r} is full; waiting")
+        pause = 0.01
+        # One object for all tries; Ray hands the actor the value, not the reference.
+        reference = ray.put(item)
+        while not _call(self._handle, self._name, "put", reference):
+            if stop is not None and stop.is_set():
+                return False
+            notice.report()
+            # Jitter keeps several producers from knocking at the same moments.
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+        return True
 
-    def get(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
+
+class ForeignReader:
+    """Takes items out of another program's queue.
+
+    Parameters
+    ----------
+    handle
+        Ray's handle of the actor.
+    address, kind
+        Where the queue is, and what it holds.
+    uid
+        Names the queue: streams are named after it, for such a queue names none, and its producers
+        count from 0 in every run.
+    """
+
+    def __init__(self, handle: Any, address: QueueAddress, kind: Kind, uid: str) -> None:
+        self.failures: dict[str, str] = {}
+        self.flush_wanted = False
+        self.holder = uid
+        self._handle = handle
+        self._address = address
+        self._kind = kind
+        self._uid = uid
+        self._names = StreamBook(uid)
+        self._items_taken = 0
+        self._idle_s = 0.0
+        self._notice = WaitingNotice(f"no event in queue {address.name!r}")
+        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes)
+        self._under_way: dict[EventId, Any] = {}  # and the item it came in
+
+    @property
+    def unsettled(self) -> int:
+        """How many items are under way here."""
+        return len(self._under_way)
+
+    def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records`` items within ``timeout_s``; True after the idle time."""
         asked_at = time.monotonic()
         pause = 0.001
@@ -120,14 +154,14 @@ class ForeignQueue:
             items = self._get_items(max_records)
             if items:
                 self._idle_s = 0.0
-                self._waiting.reset()
+                self._notice.reset()
                 taken: list[Taken] = []
                 for item in items:
                     parts = self._decode(item)
                     self._under_way |= {part.id: item for part in parts if part.id is not None}
                     taken += parts
                 return taken, False
-            self._waiting.mention()
+            self._notice.report()
             # Only time spent asking is idle: while the caller compiles or waits for room at the
             # output, the queue may well be full.
             waited_s = time.monotonic() - asked_at
@@ -137,20 +171,14 @@ class ForeignQueue:
                 self._idle_s += waited_s
                 return [], False
             time.sleep(pause)
-            pause = min(pause * 2, 0.1)
+            pause = min(pause * 2, _LONGEST_POLL_S)
 
     def ack(self, ids: Iterable[EventId]) -> None:
         """Note that these are done."""
         for key in ids:
             self._under_way.pop(key, None)
 
-    def take(self, reader: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
-        """As `get`, and nothing is noted as under way."""
-        taken, ended = self.get(reader, max_records, timeout_s)
-        self._under_way.clear()
-        return taken, ended
-
-    def refuse(self, refusals: Iterable[Refusal]) -> None:
+    def reject(self, refusals: Iterable[Refusal]) -> None:
         """Put these into the quarantine of this process: the queue has none."""
         for refusal in refusals:
             if refusal.id is not None:
@@ -171,30 +199,20 @@ class ForeignQueue:
         """Return all: such a queue hands nothing out twice."""
         return set(ids)
 
-    @property
-    def unsettled(self) -> int:
-        """How many items are under way here."""
-        return len(self._under_way)
-
     def lost_by(self, key: EventId) -> tuple[str, ...]:
         """Return none: such a queue hands nothing out twice."""
         return ()
 
     def touch(self) -> None:
-        """Do nothing: such a queue does not ask who is alive."""
-
-    def first_missing(self, stream: str, rank: int) -> int:
-        """Return 0: such a queue remembers nothing."""
-        return 0
-
-    def size(self) -> int:
-        """Return how many items can be taken now."""
-        return int(self._call([("size", ())])[0])
+        """Begin the idle time anew: while the work goes on elsewhere, silence is no end."""
+        self._idle_s = 0.0
 
     def _get_items(self, max_items: int) -> list[Any]:
         """Take what is there, up to ``max_items``, with all calls under way at once."""
-        wanted = min(max_items, max(1, self.size()))
-        answers = self._call([("get", ())] * wanted)
+        name = self._address.name
+        wanted = min(max_items, max(1, int(_call(self._handle, name, "size"))))
+        references = [self._handle.get.remote() for _ in range(wanted)]
+        answers = [_taken(name, reference) for reference in references]
         # An old-style END in a queue of results is an end for its readers, not an item for us.
         return [
             item
@@ -205,54 +223,59 @@ class ForeignQueue:
     def _decode(self, item: Any) -> list[Taken]:
         position, self._items_taken = self._items_taken, self._items_taken + 1
         if self._kind == "results":
-            return list(item_to_results(item, self.uid, position))
+            return list(item_to_results(item, self._uid, position))
         return [item_to_event(item, self._names.foreign_stream(named(item)), position)]
 
-    def _put_item(self, item: Any, stop: threading.Event | None = None) -> bool:
-        import ray
 
-        patience = Patience(f"queue {self._address.name!r} is full; waiting")
-        pause = 0.01
-        # One object for all tries; Ray hands the actor the value, not the reference.
-        reference = ray.put(item)
-        while not self._call([("put", (reference,))])[0]:
-            if stop is not None and stop.is_set():
-                return False
-            patience.mention()
-            # Jitter keeps several producers from knocking at the same moments.
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, 1.0)
-        return True
+class ForeignAdmin:
+    """Looks at another program's queue, which counts nothing."""
 
-    def _call(self, calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
-        import ray
-
-        def answer(reference: Any) -> Any:
-            try:
-                return ray.get(reference)
-            except ray.exceptions.ActorUnavailableError as error:
-                raise QueueError(_unanswered(self._address.name, calls[0][0])) from error
-            except ray.exceptions.RayActorError as error:
-                raise QueueError(_gone(self._address.name, error)) from error
-            except Exception as error:
-                if calls[0][0] != "get":
-                    raise
-                # An object of a class that is not here: one bad item, not the end of the stream.
-                return Opaque(f"(cannot be unpickled: {type(error).__name__}: {error})"[:500])
-
-        references = [getattr(self._handle, method).remote(*args) for method, args in calls]
-        return [answer(reference) for reference in references]
-
-
-def _unanswered(name: str, method: str) -> str:
-    return (
-        f"queue {name!r} did not answer a {method}; whether it was carried out is not known. Look "
-        "at the network and at the Ray logs of the actor's node, then restart this run"
+    leases = False
+    promise = (
+        "weaker: another program's queue hands an event out once, so that what a killed "
+        "process had taken is lost; and an answer that is lost is a put that may be lost"
     )
 
+    def __init__(self, handle: Any, address: QueueAddress, uid: str) -> None:
+        self.uid = uid
+        self._handle = handle
+        self._name = address.name
 
-def _gone(name: str, error: Exception) -> str:
-    return (
-        f"the actor of queue {name!r} is gone, and what was still in it is lost; the Ray logs of "
-        f"its node say why ({str(error).splitlines()[0]}). Restart the producer and this run"
-    )
+    def statistics(self) -> None:
+        """Return None: such a queue does not count."""
+        return
+
+    def size(self) -> int:
+        """Return how many items can be taken now."""
+        return int(_call(self._handle, self._name, "size"))
+
+
+def _call(handle: Any, name: str, method: str, *args: Any) -> Any:
+    return _answer(name, method, getattr(handle, method).remote(*args))
+
+
+def _answer(name: str, method: str, reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.ActorUnavailableError as error:
+        raise QueueError(
+            f"queue {name!r} did not answer a {method}; whether it was carried out is not known. "
+            "Look at the network and at the Ray logs of the actor's node, then restart this run"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        raise QueueError(
+            f"the actor of queue {name!r} is gone, and what was still in it is lost; the Ray logs "
+            f"of its node say why ({str(error).splitlines()[0]}). Restart the producer and this run"
+        ) from error
+
+
+def _taken(name: str, reference: Any) -> Any:
+    """Return an item; one of a class that is not here is one bad item, not the stream's end."""
+    try:
+        return _answer(name, "get", reference)
+    except QueueError:
+        raise
+    except Exception as error:
+        return Opaque(f"(cannot be unpickled: {type(error).__name__}: {error})"[:500])

@@ -191,9 +191,9 @@ class QueueState:
         if self.streams.close(producer, failure, end_markers):
             self._note_books()
 
-    def vouch(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
+    def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
         """Close the parts of all producers of a name: what one left undone, others have done."""
-        self.streams.vouch(prefix, failure, end_markers)
+        self.streams.close_group(prefix, failure, end_markers)
         self._note_books()
 
     def put(self, producer: str, records: Sequence[Record]) -> int:
@@ -311,7 +311,7 @@ class QueueState:
             self._settle(entry)
         return stale
 
-    def refuse(self, reasons: dict[int, str]) -> list[int]:
+    def reject(self, reasons: dict[int, str]) -> list[int]:
         """Quarantine leased records, each for a reason; the answer is the stale tokens."""
         stale = []
         for token, reason in reasons.items():
@@ -341,7 +341,7 @@ class QueueState:
         self.tick()
         return [token for token in tokens if self.leases.holder_of(token) is not None]
 
-    def hear(self, holder: str, producers: Iterable[str]) -> None:
+    def heartbeat(self, holder: str, producers: Iterable[str]) -> None:
         """Note that a process is alive, as a reader and as producers."""
         now = self._clock()
         self.leases.hear(holder, now)

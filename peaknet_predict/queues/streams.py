@@ -96,7 +96,7 @@ class StreamBook:
             self._silenced.add(name)
         return silent
 
-    def vouch(self, prefix: str, failure: str | None, end_markers: int) -> None:
+    def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
         """Close the parts of all producers of a name, and forget their own failures.
 
         Said by a reader of the stage before that has seen its end: whatever one of them left

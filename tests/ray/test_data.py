@@ -23,9 +23,9 @@ def event(idx: int, image: Any) -> Event:
 
 def batches(address: QueueAddress, events: Iterable[Event], **settings: Any) -> list[EventBatch]:
     queue = connect_queue(address, "events")
-    queue.open("p")
-    queue.put("p", list(events))
-    queue.close("p")
+    queue.producer.open("p")
+    queue.producer.put("p", list(events))
+    queue.producer.close("p")
     return read(QueueDataset(queue, "r", **settings))
 
 
@@ -34,7 +34,7 @@ def read(dataset: QueueDataset) -> list[EventBatch]:
     got = []
     for batch in dataset:
         dataset.ack([one.id for one in batch.events])
-        dataset.refuse(batch.refused)
+        dataset.reject(batch.refused)
         if batch.events or batch.refused:
             got.append(batch)
     return got
@@ -175,14 +175,14 @@ class SlowSource(EventSource):
 
 def lots(queue: Any, monkeypatch: pytest.MonkeyPatch, put_takes_s: float) -> list[int]:
     """Make every put take longer, and return the list in which their sizes appear."""
-    put, sizes = queue.put, []
+    put, sizes = queue.producer.put, []
 
     def slow_put(producer: str, records: Any, stop: Any = None) -> int:
         time.sleep(put_takes_s)
         sizes.append(len(records))
         return int(put(producer, records, stop))
 
-    monkeypatch.setattr(queue, "put", slow_put)
+    monkeypatch.setattr(queue.producer, "put", slow_put)
     return sizes
 
 
@@ -213,8 +213,8 @@ def test_what_goes_wrong_while_reading_reaches_the_caller(address: QueueAddress)
     import ray
 
     queue = connect_queue(address, "events")
-    queue.open("p")
-    queue.put("p", [event(0, np.zeros((2, 2), np.float32))])
+    queue.producer.open("p")
+    queue.producer.put("p", [event(0, np.zeros((2, 2), np.float32))])
     reader = iter(QueueDataset(queue, "r", batch_size=1))
     assert next(reader).events[0].id.idx == 0
     ray.kill(ray.get_actor(address.name, namespace=address.namespace))
@@ -224,7 +224,7 @@ def test_what_goes_wrong_while_reading_reaches_the_caller(address: QueueAddress)
 
 def test_a_producer_that_fails_is_noticed_while_the_queue_is_empty(address: QueueAddress) -> None:
     queue = connect_queue(address, "events")
-    queue.open("p")
+    queue.producer.open("p")
 
     def failed() -> None:
         raise OSError("the file is gone")

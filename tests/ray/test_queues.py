@@ -18,15 +18,18 @@ import ray
 from peaknet_predict.doctor import doctor
 from peaknet_predict.queues import (
     ClusterError,
-    NativeQueue,
+    Queue,
     QueueAddress,
     QueueError,
     connect_queue,
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import connect, ensure_private_token, token_path
+from peaknet_predict.queues.native import NativeProducer
 from peaknet_predict.types import Event, EventId, Refusal, Result
 from tests.helpers.foreign import make_three_method_queue
+from tests.helpers.queues import statistics, take
+from tests.helpers.queues import take_all as reader_takes_all
 
 
 def event(idx: int) -> Event:
@@ -38,26 +41,15 @@ def result(idx: int) -> Result:
     return Result(EventId("s", 0, idx), event(idx).image, peaks, 9000.0 + idx)
 
 
-def take_all(queue: Any, reader: str = "r") -> list[Any]:
-    taken: list[Any] = []
-    ended = False
-    while not ended:
-        items, ended = queue.take(reader, 7, 1.0)
-        taken += items
-    return taken
-
-
-def native(address: QueueAddress, kind: Any = "events") -> NativeQueue:
-    queue = connect_queue(address, kind)
-    assert isinstance(queue, NativeQueue)
-    return queue
+def take_all(queue: Queue) -> list[Any]:
+    return reader_takes_all(queue.reader)
 
 
 def test_events_arrive_with_identity_pixels_and_energy(address: QueueAddress) -> None:
-    queue = native(address)
-    queue.open("p")
-    queue.put("p", [event(i) for i in range(20)])
-    queue.close("p")
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(i) for i in range(20)])
+    queue.producer.close("p")
     taken = take_all(queue)
     assert [e.id for e in taken] == [EventId("s", 0, i) for i in range(20)]
     for i, got in enumerate(taken):
@@ -67,36 +59,36 @@ def test_events_arrive_with_identity_pixels_and_energy(address: QueueAddress) ->
 
 
 def test_put_waits_for_room_and_get_for_events(address: QueueAddress) -> None:
-    queue = native(replace(address, max_events=3))
-    queue.open("p")
+    queue = connect_queue(replace(address, max_events=3), "events")
+    queue.producer.open("p")
 
     def produce() -> None:
-        queue.put("p", [event(i) for i in range(30)])
-        queue.close("p")
+        queue.producer.put("p", [event(i) for i in range(30)])
+        queue.producer.close("p")
 
     producer = threading.Thread(target=produce)
     producer.start()
     time.sleep(0.5)
-    assert queue.size() == 3
+    assert queue.admin.size() == 3
     assert [e.id.idx for e in take_all(queue)] == list(range(30))
     producer.join()
-    statistics = queue.statistics()
-    assert (statistics.accepted, statistics.acknowledged, statistics.largest) == (30, 30, 3)
+    now = statistics(queue)
+    assert (now.accepted, now.acknowledged, now.largest) == (30, 30, 3)
 
 
 def test_an_empty_queue_is_waited_on_inside_the_actor(address: QueueAddress) -> None:
-    queue = native(address)
-    queue.open("p")
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
     started = time.monotonic()
-    assert queue.get("r", 5, 0.4) == ([], False)
+    assert queue.reader.get("r", 5, 0.4) == ([], False)
     assert time.monotonic() - started >= 0.4
 
 
 def _produce_and_exit(address: QueueAddress) -> None:
-    queue = native(address)
-    queue.open("p")
-    queue.put("p", [event(i) for i in range(5)])
-    queue.close("p")
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(i) for i in range(5)])
+    queue.producer.close("p")
 
 
 def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster: str) -> None:
@@ -107,11 +99,13 @@ def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster
         f"_produce_and_exit(QueueAddress({address.name!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert [int(e.image[0, 0, 0]) for e in take_all(native(address))] == list(range(5))
+    assert [int(e.image[0, 0, 0]) for e in take_all(connect_queue(address, "events"))] == list(
+        range(5)
+    )
 
 
 def test_our_actor_serves_programs_that_know_three_methods(address: QueueAddress) -> None:
-    queue = native(replace(address, max_events=2))
+    queue = connect_queue(replace(address, max_events=2), "events")
     handle = ray.get_actor(address.name, namespace=address.namespace)
     image = np.arange(8.0).reshape(2, 2, 2)
     assert ray.get(handle.put.remote([3, 17, image, 9500.0])) is True
@@ -125,19 +119,19 @@ def test_our_actor_serves_programs_that_know_three_methods(address: QueueAddress
     assert isinstance(bad, Refusal)
     assert "nonsense" in bad.reason
 
-    queue.open("p")
-    queue.put("p", [event(4)])
-    queue.close("p")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(4)])
+    queue.producer.close("p")
     rank, idx, image, energy = ray.get(handle.get.remote())
     assert (rank, idx, energy) == (0, 4, 9004.0)
     assert ray.get(handle.get.remote()) is None
 
 
 def test_our_output_gives_an_old_reader_tuples_and_its_end(address: QueueAddress) -> None:
-    queue = native(address, "results")
-    queue.open("p")
-    queue.put("p", [result(5)])
-    queue.close("p", end_markers=2)
+    queue = connect_queue(address, "results")
+    queue.producer.open("p")
+    queue.producer.put("p", [result(5)])
+    queue.producer.close("p", end_markers=2)
     handle = ray.get_actor(address.name, namespace=address.namespace)
     ((image, peaks, energy),) = ray.get(handle.get.remote())
     np.testing.assert_array_equal(image, result(5).image)
@@ -150,7 +144,8 @@ def test_a_foreign_queue_that_pauses_is_read_to_its_end(address: QueueAddress) -
     for i in range(30):
         assert ray.get(handle.put.remote([2, i, event(i).image, 9000.0]))
     queue = connect_queue(replace(address, idle_timeout_s=3.0), "events")
-    assert not queue.native
+    assert queue.admin.statistics() is None
+    assert not queue.admin.leases
     taken = take_all(queue)
     assert [(e.id.rank, e.id.idx) for e in taken] == [(2, i) for i in range(30)]
 
@@ -161,8 +156,8 @@ def test_a_foreign_queue_that_is_full_is_retried_and_gets_its_ends(address: Queu
 
     def produce() -> None:
         for i in range(4):
-            queue.put("p", [result(i)])
-        queue.close("p", end_markers=2)
+            queue.producer.put("p", [result(i)])
+        queue.producer.close("p", end_markers=2)
 
     producer = threading.Thread(target=produce)
     producer.start()
@@ -179,7 +174,7 @@ def test_a_foreign_queue_that_is_full_is_retried_and_gets_its_ends(address: Queu
 def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None:
     with pytest.raises(QueueError, match=r"there is no queue.*set create to true"):
         connect_queue(replace(address, create=False), "events")
-    native(address)
+    connect_queue(address, "events")
     with pytest.raises(QueueError, match="holds events, but results are expected"):
         connect_queue(address, "results")
 
@@ -194,10 +189,10 @@ def test_wrong_queues_are_refused_with_what_to_do(address: QueueAddress) -> None
 
 
 def test_a_dead_queue_says_that_what_it_held_is_lost(address: QueueAddress) -> None:
-    queue = native(address)
+    queue = connect_queue(address, "events")
     ray.kill(ray.get_actor(address.name, namespace=address.namespace))
     with pytest.raises(QueueError, match="is gone, and what was still in it is lost"):
-        queue.size()
+        queue.admin.size()
 
 
 def test_the_embedded_cluster_listens_on_loopback_and_its_token_is_private(cluster: str) -> None:
@@ -241,29 +236,31 @@ def test_a_function_run_in_the_cluster_raises_here() -> None:
 
 
 def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) -> None:
-    queue = native(replace(address, max_events=2))
+    queue = connect_queue(replace(address, max_events=2), "events")
     sent = 0
-    call = queue._call
+    assert isinstance(queue.producer, NativeProducer)
+    calls = queue.producer._calls
+    call = calls.call
 
     def counting(method: str, *args: Any) -> Any:
         nonlocal sent
         sent += len(args[0][1]) if method == "put_many" else 0
         return call(method, *args)
 
-    queue._call = counting  # type: ignore[method-assign]
-    queue.open("p")
+    calls.call = counting  # type: ignore[method-assign]
+    queue.producer.open("p")
 
     def produce() -> None:
-        queue.put("p", [event(i) for i in range(40)])
-        queue.close("p")
+        queue.producer.put("p", [event(i) for i in range(40)])
+        queue.producer.close("p")
 
     producer = threading.Thread(target=produce)
     producer.start()
-    reader = native(address)
+    reader = connect_queue(address, "events")
     taken: list[Any] = []
     ended = False
     while not ended:
-        items, ended = reader.take("r", 1, 1.0)
+        items, ended = take(reader.reader, "r", 1, 1.0)
         taken += items
         time.sleep(0.01)
     producer.join()
@@ -275,33 +272,33 @@ def test_a_foreign_stream_is_not_idle_while_nobody_asks(address: QueueAddress) -
     handle = make_three_method_queue(address.name, address.namespace, 10)
     queue = connect_queue(replace(address, idle_timeout_s=1.0), "events")
     time.sleep(1.5)  # compiling, or waiting for room at the output
-    assert queue.get("r", 4, 0.1) == ([], False)
+    assert queue.reader.get("r", 4, 0.1) == ([], False)
     ray.get(handle.put.remote([0, 5, event(5).image, 9000.0]))
     assert [e.id.idx for e in take_all(queue)] == [5]
 
 
 def test_the_end_names_producers_that_failed(address: QueueAddress) -> None:
-    queue = native(address)
-    queue.open("p")
-    queue.close("p", failure="no beam")
-    assert queue.get("r", 1, 1.0) == ([], True)
-    assert queue.failures == {"p": "no beam"}
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.close("p", failure="no beam")
+    assert queue.reader.get("r", 1, 1.0) == ([], True)
+    assert queue.reader.failures == {"p": "no beam"}
 
 
 def test_a_foreign_queue_cannot_be_fed_by_several(address: QueueAddress) -> None:
     make_three_method_queue(address.name, address.namespace, 10)
     with pytest.raises(QueueError, match="cannot tell 2 producers apart"):
-        connect_queue(address, "events").open("p", of=2)
+        connect_queue(address, "events").producer.open("p", of=2)
 
 
 def test_ranks_that_share_a_reader_all_end_with_their_own_run(address: QueueAddress) -> None:
-    queue = native(address)
-    queue.open("p")
-    queue.close("p")
-    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 0"
-    queue.open("q")
-    queue.put("q", [event(1)])
-    assert queue.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.close("p")
+    assert queue.reader.get("run 1", 1, 1.0) == ([], True), "rank 0"
+    queue.producer.open("q")
+    queue.producer.put("q", [event(1)])
+    assert queue.reader.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
 
 
 def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +333,7 @@ except ClusterError as error:
 def test_long_waits_say_what_to_look_at(
     address: QueueAddress, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("peaknet_predict.queues.patience._REPORT_S", 0.0)
+    monkeypatch.setattr("peaknet_predict.queues.waiting_notice._REPORT_S", 0.0)
     monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
 
     def reason() -> str:
@@ -344,36 +341,36 @@ def test_long_waits_say_what_to_look_at(
         caplog.clear()
         return text
 
-    misspelt = native(replace(address, name=f"{address.name}x"))
-    misspelt.open("p")
-    queue = native(replace(address, max_events=2))
-    queue.get("r", 1, 0.1)
+    misspelt = connect_queue(replace(address, name=f"{address.name}x"), "events")
+    misspelt.producer.open("p")
+    queue = connect_queue(replace(address, max_events=2), "events")
+    queue.reader.get("r", 1, 0.1)
     said = reason()
     assert "no producer has opened it" in said
     assert f"peaknet/{address.name}x" in said
-    queue.open("p")
-    queue.get("r", 1, 0.1)
+    queue.producer.open("p")
+    queue.reader.get("r", 1, 0.1)
     assert "open producers: p" in reason()
     stop = threading.Event()
     threading.Timer(3.0, stop.set).start()
-    queue.put("p", [event(i) for i in range(3)], stop)
+    queue.producer.put("p", [event(i) for i in range(3)], stop)
     assert "nobody has read from it" in reason()
-    queue.close("p")
+    queue.producer.close("p")
     take_all(queue)
-    queue.get("another", 1, 0.1)
+    queue.reader.get("another", 1, 0.1)
     assert "read to the end" in reason()
 
 
 def test_doctor_looks_at_the_cluster_and_its_queues(
     address: QueueAddress, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    queue = native(address)
-    queue.open("feed:7")
+    queue = connect_queue(address, "events")
+    queue.producer.open("feed:7")
     make_three_method_queue(address.name + "-foreign", address.namespace, 10)
     names = [address.name, address.name + "-foreign", "gone"]
-    queue.put("feed:7", [event(0)])
-    queue.get("r", 1, 1.0)
-    queue.refuse([Refusal(event(0).id, "it is bad")])
+    queue.producer.put("feed:7", [event(0)])
+    queue.reader.get("r", 1, 1.0)
+    queue.reader.reject([Refusal(event(0).id, "it is bad")])
     assert doctor(address=cluster, queues=names) == 1
     said = capsys.readouterr().out
     assert "open producers: feed:7" in said

@@ -22,11 +22,12 @@ import yaml
 
 from peaknet_predict.callbacks.planted_score import score_files
 from peaknet_predict.cxi.file import read_cxi
-from peaknet_predict.queues import NativeQueue, QueueAddress, connect_queue
+from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.sources import NpzSource, Simulator
 from peaknet_predict.types import EventId, Result
 from tests.conftest import REAL_DATA, REPOSITORY
 from tests.helpers.foreign import make_three_method_queue
+from tests.helpers.queues import statistics, take
 
 CONFIGS = REPOSITORY / "configs"
 COMMAND = str(Path(sys.executable).with_name("peaknet-predict"))
@@ -320,8 +321,7 @@ def test_interrupted_write_cxi_writes_what_it_took(
     cluster: str, queues: tuple[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     queue = connect_queue(QueueAddress(queues[1]), "results")
-    assert isinstance(queue, NativeQueue)
-    queue.open("test")
+    queue.producer.open("test")
     image = np.zeros((2, 160, 192), np.float32)
     writer = start(
         *("write-cxi", "--address", cluster, "--queue.name", queues[1]),
@@ -329,13 +329,13 @@ def test_interrupted_write_cxi_writes_what_it_took(
         cwd=tmp_path,
     )
     for idx in range(40):
-        queue.put("test", [Result(EventId("t", 0, idx), image, np.empty((0, 3)), 9500.0)])
-    wait_until(lambda: queue.statistics().ready <= 20)
+        queue.producer.put("test", [Result(EventId("t", 0, idx), image, np.empty((0, 3)), 9500.0)])
+    wait_until(lambda: statistics(queue).ready <= 20)
     writer.send_signal(number)
     said = finish(writer, expected=3)
-    taken = queue.statistics().acknowledged
+    taken = statistics(queue).acknowledged
     assert taken >= 20
-    assert queue.statistics().leased == 0
+    assert statistics(queue).leased == 0
     assert f"taken {taken} = written {taken}" in said
     assert "interrupted" in said
     assert len(list(events(tmp_path / "cxi"))) == taken
@@ -350,18 +350,17 @@ def test_an_interrupted_feed_says_that_the_stream_is_incomplete(
         cwd=tmp_path,
     )
     queue = connect_queue(QueueAddress(queues[0]), "events")
-    assert isinstance(queue, NativeQueue)
-    wait_until(lambda: queue.statistics().accepted >= 30)
+    wait_until(lambda: statistics(queue).accepted >= 30)
     feed.send_signal(signal.SIGTERM)
     said = finish(feed, expected=3)
-    statistics = queue.statistics()
-    assert f"fed {statistics.accepted} events" in said
-    assert list(statistics.failures.values()) == ["interrupted"]
+    now = statistics(queue)
+    assert f"fed {now.accepted} events" in said
+    assert list(now.failures.values()) == ["interrupted"]
     idx, ended = [], False
     while not ended:
-        taken, ended = queue.take("r", 16, 1.0)
+        taken, ended = take(queue.reader, "r", 16, 1.0)
         idx += [event.id.idx for event in taken if event.id is not None]
-    assert idx == list(range(statistics.accepted)), "numbered on through every pass of the loop"
+    assert idx == list(range(now.accepted)), "numbered on through every pass of the loop"
 
 
 def test_a_feed_that_waits_for_room_can_be_interrupted(
@@ -372,8 +371,7 @@ def test_a_feed_that_waits_for_room_can_be_interrupted(
         cwd=tmp_path,
     )
     queue = connect_queue(QueueAddress(queues[0], max_events=5), "events")
-    assert isinstance(queue, NativeQueue)
-    wait_until(lambda: queue.size() == 5)
+    wait_until(lambda: queue.admin.size() == 5)
     feed.send_signal(signal.SIGTERM)
     assert "fed 5 events" in finish(feed, expected=3)
 
@@ -405,19 +403,17 @@ def test_an_interrupted_prediction_delivers_what_it_took(
     snr, cpu = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "cpu.yaml"
     predict = start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path)
     results = connect_queue(QueueAddress(queues[1]), "results")
-    assert isinstance(results, NativeQueue)
-    wait_until(lambda: results.statistics().accepted >= 8)
+    wait_until(lambda: statistics(results).accepted >= 8)
     predict.send_signal(signal.SIGTERM)
     said = finish(predict, expected=3)
     feed.send_signal(signal.SIGTERM)
     finish(feed, expected=3)
     inputs = connect_queue(QueueAddress(queues[0]), "events")
-    assert isinstance(inputs, NativeQueue)
-    taken = inputs.statistics().acknowledged
+    taken = statistics(inputs).acknowledged
     assert f"received {taken} = predicted {taken} + refused 0" in said
     assert "left in the input queue" in said
-    assert results.statistics().accepted == taken
-    assert "interrupted" in next(iter(results.statistics().failures.values()))
+    assert statistics(results).accepted == taken
+    assert "interrupted" in next(iter(statistics(results).failures.values()))
 
 
 def test_when_the_network_fails_finished_results_are_delivered_and_the_end_says_so(

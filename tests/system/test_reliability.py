@@ -22,21 +22,16 @@ import yaml
 from benchmarks.reliability.chaos import chaos
 from peaknet_predict.cxi.file import read_cxi, read_ids
 from peaknet_predict.feed import push
-from peaknet_predict.queues import NativeQueue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues import QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.quarantine import read_index
 from peaknet_predict.sources import Simulator
 from peaknet_predict.types import ANYONE, Event, EventId, Refusal
+from tests.helpers.queues import statistics, take
 from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
 
 
 def event(idx: int, side: int = 8) -> Event:
     return Event(EventId("s", 0, idx), np.full((1, side, side), idx, np.float32), 9000.0)
-
-
-def native(address: QueueAddress, kind: Any = "events") -> NativeQueue:
-    queue = connect_queue(address, kind)
-    assert isinstance(queue, NativeQueue)
-    return queue
 
 
 def kill_actor(address: QueueAddress) -> None:
@@ -45,8 +40,8 @@ def kill_actor(address: QueueAddress) -> None:
 
 
 def _take_and_sleep(address: QueueAddress) -> None:
-    queue = native(address)
-    print(len(queue.get("r", 3, 10.0)[0]), flush=True)
+    queue = connect_queue(address, "events")
+    print(len(queue.reader.get("r", 3, 10.0)[0]), flush=True)
     time.sleep(600)
 
 
@@ -54,10 +49,10 @@ def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_ow
     address: QueueAddress, cluster: str
 ) -> None:
     address = replace(address, lease_s=1.5)
-    queue = native(address)
-    queue.open("p")
-    queue.put("p", [event(i) for i in range(5)])
-    queue.close("p")
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(i) for i in range(5)])
+    queue.producer.close("p")
     code = (
         f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
         "from peaknet_predict.queues import QueueAddress\n"
@@ -67,70 +62,72 @@ def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_ow
     reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert reader.stdout is not None
     assert reader.stdout.readline() == "3\n"
-    mine, _ = queue.get("r", 9, 1.0)
+    mine, _ = queue.reader.get("r", 9, 1.0)
     assert [one.id.idx for one in mine if one.id] == [3, 4]
     time.sleep(3.0)
-    assert queue.get("r", 9, 0.1)[0] == [], "it is alive and says so, though it sleeps"
+    assert queue.reader.get("r", 9, 0.1)[0] == [], "it is alive and says so, though it sleeps"
     reader.kill()
     reader.wait()
     again: list[Any] = []
     # The stream has ended and we hold some of it: that is told at once, without waiting.
     while not again:
-        again, _ = queue.get("r", 9, 1.0)
+        again, _ = queue.reader.get("r", 9, 1.0)
         time.sleep(0.1)
     assert [one.id for one in again] == [EventId("s", 0, i) for i in range(3)]
-    assert queue.lost_by(EventId("s", 0, 0))
-    assert queue.unsettled == 5
-    queue.ack([EventId("s", 0, i) for i in range(5)])
+    assert queue.reader.lost_by(EventId("s", 0, 0))
+    assert queue.reader.unsettled == 5
+    queue.reader.ack([EventId("s", 0, i) for i in range(5)])
     # Nobody waits for an acknowledgement's answer, so that a call made after it may overtake it.
-    wait_until(lambda: queue.get("r", 9, 1.0) == ([], True))
+    wait_until(lambda: queue.reader.get("r", 9, 1.0) == ([], True))
 
 
 def test_with_a_spool_the_death_of_the_queue_costs_nothing(
     address: QueueAddress, tmp_path: Path
 ) -> None:
     address = replace(address, spool=str(tmp_path / "spool"))
-    queue = native(address)
-    queue.open("p")
-    queue.put("p", [event(i) for i in range(6)])
-    taken, _ = queue.get("r", 3, 1.0)
-    queue.ack([EventId("s", 0, 0)])
+    queue = connect_queue(address, "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(i) for i in range(6)])
+    taken, _ = queue.reader.get("r", 3, 1.0)
+    queue.reader.ack([EventId("s", 0, 0)])
     kill_actor(address)
-    queue.put("p", [event(i) for i in range(4, 8)])  # the answer of some earlier put was lost
-    queue.ack([one.id for one in taken if one.id])  # of a lease that died with the queue
-    queue.close("p")
+    queue.producer.put(
+        "p", [event(i) for i in range(4, 8)]
+    )  # the answer of some earlier put was lost
+    queue.reader.ack([one.id for one in taken if one.id])  # of a lease that died with the queue
+    queue.producer.close("p")
     idx, ended = [], False
     before: set[tuple[str, ...]] = set()
     while not ended:
-        more, ended = queue.get("r", 4, 1.0)
+        more, ended = queue.reader.get("r", 4, 1.0)
         idx += [one.id.idx for one in more if one.id]
-        before |= {queue.lost_by(one.id) for one in more if one.id and one.id.idx < 6}
-        queue.ack([one.id for one in more if one.id])
+        before |= {queue.reader.lost_by(one.id) for one in more if one.id and one.id.idx < 6}
+        queue.reader.ack([one.id for one in more if one.id])
     assert idx == [1, 2, 3, 4, 5, 6, 7], "what was acknowledged stays so"
     assert before == {(ANYONE,)}, "a writer has to look whether it is in a file already"
-    statistics = queue.statistics()
-    assert (statistics.accepted, statistics.acknowledged, statistics.duplicates) == (8, 8, 2)
-    assert "on disk" in queue.promise
+    now = statistics(queue)
+    assert (now.accepted, now.acknowledged, now.duplicates) == (8, 8, 2)
+    assert "on disk" in queue.admin.promise
 
 
 def test_a_queue_made_again_with_the_spool_goes_on_after_its_cluster(
     address: QueueAddress, tmp_path: Path
 ) -> None:
     first = replace(address, spool=str(tmp_path))
-    queue = native(first)
-    queue.open("p")
-    queue.put("p", [event(i) for i in range(3)])
-    queue.take("r", 1, 1.0)
-    wait_until(lambda: queue.statistics().acknowledged == 1)
+    queue = connect_queue(first, "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(i) for i in range(3)])
+    take(queue.reader, "r", 1, 1.0)
+    wait_until(lambda: statistics(queue).acknowledged == 1)
     ray.kill(ray.get_actor(address.name, namespace=address.namespace))
     wait_until(lambda: _is_gone(address))
     with pytest.raises(QueueError, match="is in its spool.*made with that spool goes on"):
-        queue.size()
-    again = native(replace(first, name=address.name + "-again"))
-    assert [one.id.idx for one in again.get("r", 9, 1.0)[0] if one.id] == [1, 2]
-    assert again.uid == queue.uid
+        queue.admin.size()
+    again = connect_queue(replace(first, name=address.name + "-again"), "events")
+    assert [one.id.idx for one in again.reader.get("r", 9, 1.0)[0] if one.id] == [1, 2]
+    assert again.admin.uid == queue.admin.uid
     with pytest.raises(QueueError, match="belongs to a queue that is alive"):
-        native(replace(first, name=address.name + "-third"))
+        connect_queue(replace(first, name=address.name + "-third"), "events")
 
 
 def _is_gone(address: QueueAddress) -> bool:
@@ -142,34 +139,34 @@ def _is_gone(address: QueueAddress) -> bool:
 
 
 def test_a_spool_is_not_silently_done_without(address: QueueAddress, tmp_path: Path) -> None:
-    assert "in memory only" in native(address).promise
+    assert "in memory only" in connect_queue(address, "events").admin.promise
     with pytest.raises(QueueError, match="has no spool, but one is configured"):
-        native(replace(address, spool=str(tmp_path)))
+        connect_queue(replace(address, spool=str(tmp_path)), "events")
 
 
 def test_what_is_refused_is_in_the_quarantine(address: QueueAddress, tmp_path: Path) -> None:
-    queue = native(replace(address, quarantine=str(tmp_path / "q")))
-    queue.open("p")
-    queue.put("p", [event(7)])
-    queue.get("r", 1, 1.0)
-    queue.refuse([Refusal(event(7).id, "it smells")])
+    queue = connect_queue(replace(address, quarantine=str(tmp_path / "q")), "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(7)])
+    queue.reader.get("r", 1, 1.0)
+    queue.reader.reject([Refusal(event(7).id, "it smells")])
     (line,) = read_index(tmp_path / "q")
     assert (line["idx"], line["reason"]) == (7, "it smells")
     with h5py.File(tmp_path / "q" / line["file"]) as file:
         np.testing.assert_array_equal(file["image"][:], event(7).image)
-    assert queue.statistics().quarantined == 1
+    assert statistics(queue).quarantined == 1
 
 
 def test_a_producer_goes_on_where_the_queue_has_it(address: QueueAddress) -> None:
-    queue = native(address)
+    queue = connect_queue(address, "events")
     source = Simulator(num_events=10, panels=1, height=8, width=8)
     push(source, queue, num_events=4, stream="run7")
     report = push(source, queue, stream="run7")
     assert report.events == 6
-    assert [one.id.idx for one in queue.get("r", 99, 1.0)[0] if one.id] == list(range(10))
+    assert [one.id.idx for one in queue.reader.get("r", 99, 1.0)[0] if one.id] == list(range(10))
     looped = push(source, queue, num_events=25, loop=True, stream="run7")
     assert looped.events == 15
-    got = [one for one in queue.get("r", 99, 1.0)[0] if isinstance(one, Event)]
+    got = [one for one in queue.reader.get("r", 99, 1.0)[0] if isinstance(one, Event)]
     assert [one.id.idx for one in got] == list(range(10, 25))
     np.testing.assert_array_equal(got[12].image, source.event(2)[0])
 
@@ -211,20 +208,20 @@ def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     names = f"{address.name}-in", f"{address.name}-out"
     words = chain(tmp_path, cluster, names, "two_cpus.yaml")
     process = start(*words, cwd=tmp_path)
-    queue = native(QueueAddress(names[0], lease_s=2.0))
-    results = native(QueueAddress(names[1], lease_s=2.0), "results")
-    queue.open("p")
+    queue = connect_queue(QueueAddress(names[0], lease_s=2.0), "events")
+    results = connect_queue(QueueAddress(names[1], lease_s=2.0), "results")
+    queue.producer.open("p")
     idx = 0
     # Both ranks have worked once the output has seen them both; then one of them goes.
-    while results.statistics().accepted < 40:
-        idx += queue.put("p", [event(idx, side=32)])
+    while statistics(results).accepted < 40:
+        idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
     # Rank 0 may be stopped before its consumer of results has begun: another has to begin then, for
     # the queue has room for 400.
     os.kill(ranks_of(process)[0 if how is signal.SIGSTOP else 1], how)
     more = 460 if how is signal.SIGSTOP else 60
-    queue.put("p", [event(i, side=32) for i in range(idx, idx + more)])
-    queue.close("p")
+    queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + more)])
+    queue.producer.close("p")
     said = finish(process, expected=4)
     assert written(tmp_path / "cxi") == list(range(idx + more)), said
     assert how is signal.SIGSTOP or "rank 1 was ended by SIGKILL; the others take over" in said
@@ -233,7 +230,7 @@ def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     assert balance["stages"]["input"]["acknowledged"] == idx + more
     assert balance["stages"]["output"]["accepted"] == idx + more
     assert balance["stages"]["output"]["failures"] == {}, "the results are complete"
-    assert results.statistics().failures == {}
+    assert statistics(results).failures == {}
 
 
 def malformed(image: Any) -> list[tuple[str, Callable[[int], Any]]]:
@@ -289,7 +286,9 @@ def test_a_thousand_malformed_events_among_a_thousand_good_ones(
     names = f"{address.name}-in", f"{address.name}-out"
     words = chain(tmp_path, cluster, names, "cpu.yaml", max_event_bytes=500_000)
     process = start(*words, cwd=tmp_path)
-    native(QueueAddress(names[0], max_events=400, lease_s=2.0, quarantine=str(tmp_path / "q")))
+    quarantine = str(tmp_path / "q")
+    inputs = QueueAddress(names[0], max_events=400, lease_s=2.0, quarantine=quarantine)
+    connect_queue(inputs, "events")
     handle = ray.get_actor(names[0], namespace="peaknet")
     image = Simulator(num_events=1, panels=1, height=32, width=32).event(0)[0].astype(np.float32)
     kinds = malformed(image)

@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peaknet_predict.queues import QueueAddress
+from peaknet_predict.queues import QueueAddress, connect_queue
 from tests.conftest import REPOSITORY
+from tests.helpers.queues import statistics
 from tests.system.test_end_to_end import COMMAND, CONFIGS, finish, start
-from tests.system.test_reliability import event, native, written
+from tests.system.test_reliability import event, written
 
 LEASE_S = 2.0
 
@@ -82,23 +83,23 @@ def test_two_nodes_share_a_stream_and_one_does_the_other_s_part(
     names = f"{address.name}-in", f"{address.name}-out"
     words, port = configuration(tmp_path, names), free_port()
     settings = replace(address, lease_s=LEASE_S, producer_timeout_s=20.0)
-    queue = native(replace(settings, name=names[0]))
-    results = native(replace(settings, name=names[1]), "results")
+    queue = connect_queue(replace(settings, name=names[0]), "events")
+    results = connect_queue(replace(settings, name=names[1]), "results")
     writer = start(
         *("write-cxi", "--address", cluster, "--queue.name", names[1]),
         *("--queue.lease_s", LEASE_S, "--directory", tmp_path / "cxi", "--events_per_file", 10),
         cwd=tmp_path,
     )
     ranks = [rank_of_two(rank, words, cluster, port, tmp_path) for rank in (0, 1)]
-    queue.open("p")
+    queue.producer.open("p")
     idx = 0
-    while results.statistics().accepted < 40:
-        idx += queue.put("p", [event(idx, side=32)])
+    while statistics(results).accepted < 40:
+        idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
         assert all(rank.poll() is None for rank in ranks)
     os.killpg(ranks[victim].pid, signal.SIGKILL)
-    queue.put("p", [event(i, side=32) for i in range(idx, idx + 60)])
-    queue.close("p")
+    queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + 60)])
+    queue.producer.close("p")
     said = finish(ranks[1 - victim], expected=4)
     said += finish(writer)
     ranks[victim].communicate()

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from peaknet_predict.queues import QueueAddress
+from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.types import EventId, Result
+from tests.helpers.queues import statistics
 from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
-from tests.system.test_reliability import chain, event, native, ranks_of, written
+from tests.system.test_reliability import chain, event, ranks_of, written
 
 EVENTS = 60
 LEASE_S = 2.0
@@ -34,10 +35,10 @@ def hanging_model(tmp_path: Path, **net: Any) -> Path:
 
 
 def fill(address: QueueAddress, name: str, events: int = EVENTS) -> Any:
-    queue = native(QueueAddress(name, lease_s=LEASE_S, producer_timeout_s=10.0))
-    queue.open("p")
-    queue.put("p", [event(idx, side=32) for idx in range(events)])
-    queue.close("p")
+    queue = connect_queue(QueueAddress(name, lease_s=LEASE_S, producer_timeout_s=10.0), "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [event(idx, side=32) for idx in range(events)])
+    queue.producer.close("p")
     return queue
 
 
@@ -76,10 +77,10 @@ def test_a_second_signal_stops_at_once_and_a_following_run_does_the_rest(
     process.send_signal(signal.SIGINT)
     said = end_of(process, within_s=12.0)
     assert "again: stopping at once" in said
-    statistics = queue.statistics()
-    assert statistics.acknowledged < EVENTS
+    now = statistics(queue)
+    assert now.acknowledged < EVENTS
     if not deaf:
-        assert statistics.leased == 0, "given back, without waiting for the leases' end"
+        assert now.leased == 0, "given back, without waiting for the leases' end"
         balance = json.loads((tmp_path / "predict_balance.json").read_text())
         assert balance["problem"] == "stopped at once by a second signal"
     (tmp_path / "hold").unlink()
@@ -110,14 +111,18 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     names = f"{address.name}-in", f"{address.name}-out"
     words = chain(tmp_path, cluster, names, "two_cpus.yaml", grace_s=20)
     process = start(*words, cwd=tmp_path)
-    queue = native(QueueAddress(names[0], lease_s=LEASE_S, producer_timeout_s=10.0))
-    results = native(QueueAddress(names[1], lease_s=LEASE_S, producer_timeout_s=10.0), "results")
-    queue.open("p")
+    queue = connect_queue(
+        QueueAddress(names[0], lease_s=LEASE_S, producer_timeout_s=10.0), "events"
+    )
+    results = connect_queue(
+        QueueAddress(names[1], lease_s=LEASE_S, producer_timeout_s=10.0), "results"
+    )
+    queue.producer.open("p")
     idx = 0
-    while results.statistics().accepted < 40:
-        idx += queue.put("p", [event(idx, side=32)])
+    while statistics(results).accepted < 40:
+        idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
-    queue.put("p", [event(i, side=32) for i in range(idx, idx + EVENTS)])
+    queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + EVENTS)])
     process.send_signal(signal.SIGTERM)
     # A batch system's signal reaches the ranks too: that is no second one.
     for pid in ranks_of(process):
@@ -131,9 +136,9 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     taken = sum(balance["stages"]["predict"]["received"] for balance in balances)
     assert all(balance["stages"]["predict"]["given_back"] == 0 for balance in balances)
     assert all("interrupted" in balance["problem"] for balance in balances)
-    assert queue.statistics().acknowledged == taken
-    assert queue.statistics().leased == 0
-    queue.close("p")
+    assert statistics(queue).acknowledged == taken
+    assert statistics(queue).leased == 0
+    queue.producer.close("p")
     said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
     assert written(tmp_path / "cxi") == list(range(idx + EVENTS)), said
 
@@ -162,22 +167,24 @@ def test_a_second_signal_to_two_ranks_stops_them_at_once(
 def test_a_writer_whose_directory_is_gone_stops_at_once_and_the_next_writes_everything_once(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
-    queue = native(QueueAddress(address.name, lease_s=LEASE_S, producer_timeout_s=10.0), "results")
-    queue.open("p")
+    queue = connect_queue(
+        QueueAddress(address.name, lease_s=LEASE_S, producer_timeout_s=10.0), "results"
+    )
+    queue.producer.open("p")
     image = np.zeros((1, 32, 32), np.float32)
     results = [Result(EventId("s", 0, i), image, np.empty((0, 3)), 9e3) for i in range(EVENTS)]
-    queue.put("p", results[:30])
+    queue.producer.put("p", results[:30])
     directory = tmp_path / "cxi"
     words = (
         *("write-cxi", "--address", cluster, "--queue.name", address.name),
         *("--queue.lease_s", LEASE_S, "--directory", directory, "--events_per_file", 10),
     )
     writer = start(*words, cwd=tmp_path)
-    wait_until(lambda: queue.statistics().acknowledged == 30)
+    wait_until(lambda: statistics(queue).acknowledged == 30)
     shutil.move(directory, tmp_path / "away")
-    queue.put("p", results[30:])
-    queue.close("p")
-    wait_until(lambda: queue.statistics().leased >= 10)
+    queue.producer.put("p", results[30:])
+    queue.producer.close("p")
+    wait_until(lambda: statistics(queue).leased >= 10)
     writer.send_signal(signal.SIGTERM)
     time.sleep(2.0)
     assert writer.poll() is None, "it tries until its grace is over"
@@ -196,9 +203,9 @@ def test_a_second_signal_ends_a_producer_whose_source_hangs(
         *("feed", "--address", cluster, "--queue.name", address.name),
         *("--source", "tests.helpers.failing.HangingSource", "--rate_hz", 100),
     )
-    queue = native(address)
+    queue = connect_queue(address, "events")
     process = start(*words, cwd=tmp_path)
-    wait_until(lambda: queue.statistics().accepted == 5)
+    wait_until(lambda: statistics(queue).accepted == 5)
     process.send_signal(signal.SIGINT)
     time.sleep(2.0)
     assert process.poll() is None
@@ -207,4 +214,4 @@ def test_a_second_signal_ends_a_producer_whose_source_hangs(
     balance = json.loads((tmp_path / "feed_balance.json").read_text())
     assert balance["stages"]["feed"]["fed"] == balance["stages"]["input"]["accepted"] == 5
     assert "KeyboardInterrupt" in balance["problem"]
-    assert queue.statistics().ended
+    assert statistics(queue).ended

@@ -138,7 +138,7 @@ def test_silence_beyond_the_lease_puts_records_back_in_order_under_new_tokens() 
     state.put("p", [event(i) for i in range(4)])
     lost = ask(state, holder="a", most=2)
     clock.now = 6.0
-    state.hear("a", ["p"])
+    state.heartbeat("a", ["p"])
     clock.now = 12.0
     assert ids(ask(state, holder="b", most=9)) == [2, 3], "it was heard of at 6 s"
     clock.now = 17.0
@@ -178,7 +178,7 @@ def test_a_record_that_kills_its_readers_is_isolated_and_then_quarantined() -> N
             delivery = ask(state, holder=holder)
             if 1 in ids(delivery):  # event 1 kills
                 clock.now += 11
-                state.hear("nobody", ["p"])
+                state.heartbeat("nobody", ["p"])
                 break
             if not delivery.tokens:
                 break
@@ -238,17 +238,17 @@ def test_a_producer_that_only_slept_goes_on() -> None:
     assert state.statistics().failures == {}
 
 
-def test_whoever_saw_the_end_before_vouches_for_the_silent() -> None:
+def test_one_producer_of_a_group_closes_the_parts_of_the_silent_ones() -> None:
     clock = Clock()
     state = QueueState("results", 10, 1000, producer_timeout_s=60, clock=clock)
     for rank in range(3):
         state.open(f"predict:x:{rank}", of=3)
     clock.now = 61.0
-    state.hear("h", ["predict:x:1"])
+    state.heartbeat("h", ["predict:x:1"])
     state.tick()
     clock.now = 62.0
-    state.hear("h", ["predict:x:1"])
-    state.vouch("predict:x:")
+    state.heartbeat("h", ["predict:x:1"])
+    state.close_group("predict:x:")
     assert ask(state).ended
     assert state.statistics().failures == {}
 
@@ -443,8 +443,8 @@ class Conservation(RuleBasedStateMachine):
             self.acked.add(key)
 
     @rule(given=leases)
-    def refuse(self, given: list[int]) -> None:
-        stale = self.state.refuse(dict.fromkeys(given, "bad"))
+    def reject(self, given: list[int]) -> None:
+        stale = self.state.reject(dict.fromkeys(given, "bad"))
         self.expire_to(stale, given)
         for token in set(given) - set(stale):
             self.current.pop(token)
@@ -467,7 +467,7 @@ class Conservation(RuleBasedStateMachine):
     def heartbeat(self, holder: str) -> None:
         self.state.tick()
         self.expire()
-        self.state.hear(holder, ["a", "b"])
+        self.state.heartbeat(holder, ["a", "b"])
         self.heard[holder] = self.clock.now
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))

@@ -1,0 +1,166 @@
+"""Calls to our own queue actor: repeated while it is out of reach, with errors that say why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from peaknet_predict.queues.address import QueueAddress, QueueError
+
+log = logging.getLogger(__name__)
+
+_OUTAGE_S = 60.0  # how long a queue may be out of reach, or restarting, before a call fails
+_RETRY_S = 0.5
+_ACKS_UNDER_WAY = 32  # more unanswered acknowledgements than that are waited for
+_ACK_WAIT_S = 2.0
+
+
+class ActorCalls:
+    """The methods of one actor, called from here.
+
+    Every method that changes the queue may be repeated, and is, if its answer is lost.
+
+    Parameters
+    ----------
+    handle
+        Ray's handle of the actor.
+    settings
+        Of the queue, as it was made.
+    """
+
+    def __init__(self, handle: Any, settings: QueueAddress) -> None:
+        self.handle = handle
+        self.settings = settings
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method and wait for its answer.
+
+        Raises
+        ------
+        QueueError
+            If the actor is gone, or has not answered for a minute.
+        """
+        import ray
+
+        deadline = time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                return ray.get(getattr(self.handle, method).remote(*args))
+            except ray.exceptions.ActorUnavailableError as error:
+                # It may have been carried out; done again, it changes nothing.
+                if time.monotonic() > deadline:
+                    raise QueueError(_unanswered(self.settings.name, method)) from error
+                time.sleep(_RETRY_S)
+            except ray.exceptions.RayActorError as error:
+                raise self.gone(error) from error
+
+    def heartbeat(self, holder: str, producers: list[str]) -> None:
+        """Say that a holder of leases, and producers, are alive."""
+        import ray
+
+        ray.get(self.handle.heartbeat.remote(holder, producers), timeout=_OUTAGE_S)
+
+    def gone(self, error: Exception) -> QueueError:
+        """Return the error that says that the actor is gone, and what became of its records."""
+        name, spool = self.settings.name, self.settings.spool
+        kept = (
+            f"what was still in it is in its spool {spool}: a queue made with that spool goes on"
+            if spool is not None
+            else "and what was still in it is lost; a queue with a spool would have kept it"
+        )
+        return QueueError(
+            f"the actor of queue {name!r} is gone, {kept}. The Ray logs of its node say why "
+            f"({str(error).splitlines()[0]}). Restart the producer and this run"
+        )
+
+
+class Acknowledgements:
+    """Sends acknowledgements without waiting for their answers.
+
+    One whose answer is lost is sent again: otherwise its lease would last for as long as this
+    process lives.
+    """
+
+    def __init__(self, calls: ActorCalls) -> None:
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._unconfirmed: deque[tuple[Any, list[int]]] = deque()
+
+    def send(self, tokens: list[int]) -> None:
+        """Acknowledge the leases of these tokens."""
+        with self._lock:
+            self._unconfirmed.append((self._calls.handle.ack.remote(tokens), tokens))
+
+    def confirm(self) -> None:
+        """Look at the answers; send again what was not answered."""
+        import ray
+
+        with self._lock:
+            sent, self._unconfirmed = self._unconfirmed, deque()
+        for reference, tokens in sent:
+            wait_s = _ACK_WAIT_S if len(sent) > _ACKS_UNDER_WAY else 0
+            answered, _ = ray.wait([reference], timeout=wait_s)
+            if not answered:
+                with self._lock:
+                    self._unconfirmed.append((reference, tokens))
+                continue
+            try:
+                ray.get(reference)
+            except ray.exceptions.ActorUnavailableError:
+                self.send(tokens)
+            except ray.exceptions.RayActorError as error:
+                raise self._calls.gone(error) from error
+
+
+class Heartbeat:
+    """A thread that calls a method now and then, for as long as its object exists.
+
+    Parameters
+    ----------
+    beat
+        A bound method. Its object is not kept alive by this.
+    interval_s
+        Seconds between two calls.
+    """
+
+    def __init__(self, beat: Callable[[], None], interval_s: float) -> None:
+        self._beat = weakref.WeakMethod(beat)
+        self._interval_s = interval_s
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread if it does not run."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=_beat, args=(self._beat, self._interval_s), name="heartbeat", daemon=True
+            )
+            self._thread.start()
+
+
+def _beat(method: weakref.WeakMethod[Callable[[], None]], interval_s: float) -> None:
+    import ray
+
+    while True:
+        time.sleep(interval_s)
+        beat = method()
+        if beat is None or not ray.is_initialized():
+            return
+        try:
+            beat()
+        except (ray.exceptions.ActorDiedError, SystemExit):
+            return  # the queue is gone, as its users find out; or Ray ends with this process
+        except Exception as error:
+            log.debug("heartbeat: %s", error)
+        del beat
+
+
+def _unanswered(name: str, method: str) -> str:
+    return (
+        f"queue {name!r} did not answer a {method} for {_OUTAGE_S:.0f} s. Look at the network and "
+        "at the Ray logs of the actor's node, then restart this run"
+    )
