@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from peaknet_predict.photon_energy import explain_implausible, is_plausible
 from peaknet_predict.types import Event, EventBatch, Image, Refusal, Result
 
 MAX_EVENT_BYTES = 512 * 2**20
 """Larger images are refused unless told otherwise: eight times a JUNGFRAU 16M in float32."""
+
+_REASON = 2000  # characters kept of a source's reason
 
 _TORCH_DTYPES = {
     np.dtype(torch.empty(0, dtype=dtype).numpy().dtype): dtype
@@ -40,11 +43,15 @@ _TORCH_DTYPES = {
 def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
     """Say why an event cannot be processed; None if it can.
 
-    A missing photon energy is a reason: CrystFEL indexes nothing at 0 eV and says nothing about it.
+    An implausible photon energy is a reason: CrystFEL indexes nothing with it, silently. An image
+    that is a text is a source's reason why there are no pixels, see
+    `peaknet_predict.sources.base.unreadable`.
     """
     image = event.image
     if not isinstance(image, np.ndarray):
         return f"image is {_shown(image)}, not an ndarray"
+    if image.dtype.kind == "U" and image.ndim == 0:
+        return f"the frame could not be read: {image}"[:_REASON]
     if image.ndim not in (2, 3):
         return f"image has shape {image.shape}; expected (panels, H, W) or (H, W)"
     if image.size == 0:
@@ -55,17 +62,17 @@ def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
         return f"image has dtype {image.dtype}; expected integers or floating point"
     if image.dtype.newbyteorder("=") not in _TORCH_DTYPES:
         return f"image has dtype {image.dtype}, which torch cannot hold"
-    if not _is_positive(event.photon_energy):
-        return f"photon energy is {_shown(event.photon_energy)} eV; expected a positive number"
-    return None
+    return _check_photon_energy(event.photon_energy)
 
 
-def _is_positive(value: Any) -> bool:
-    """Whether a value is a finite number above 0; other programs' events may hold anything."""
+def _check_photon_energy(value: Any) -> str | None:
+    """Say why a photon energy cannot be used; other programs' events may hold anything."""
     try:
-        return math.isfinite(value) and value > 0
+        # Raises for what is no real number, and for integers that no float can hold.
+        math.isfinite(value)
+        return None if is_plausible(value) else explain_implausible(float(value))
     except (TypeError, ValueError, OverflowError):
-        return False
+        return f"photon energy is {_shown(value)} eV; expected a number"
 
 
 def _shown(value: Any) -> str:

@@ -31,10 +31,6 @@ Peaks = npt.NDArray[np.float64]
 origin, pixel centres on integers."""
 
 
-JOULES_PER_EV = 1.602176634e-19
-"""Exact: the elementary charge in coulombs (SI, 2019)."""
-
-
 ANYONE = "*"
 """Stands for every process where it is not known which one had an event."""
 

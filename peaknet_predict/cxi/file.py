@@ -34,7 +34,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.types import JOULES_PER_EV, EventId, Image, Peaks, Result
+from peaknet_predict.photon_energy import JOULES_PER_EV
+from peaknet_predict.types import EventId, Image, Peaks, Result
 
 CXI_VERSION = 160
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peaknet_predict.photon_energy import HC_EV_ANGSTROM
 from peaknet_predict.simulation.draws import Band, Domain, Draws
-from peaknet_predict.sources.diffraction import HC_EV_ANGSTROM
 
 PIXEL_UM = Band(50.0, 200.0, 72.0, 80.0)
 """Edge of a pixel, micrometres: 50 (MPCCD, ePix10k 100, CSPAD 110, Pilatus 172) to 200 (AGIPD).

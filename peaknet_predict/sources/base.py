@@ -41,10 +41,9 @@ class EventSource(ABC):
         ------
         idx, image, photon_energy
             The event's number, its (P, H, W) or (H, W) pixels in the source's own dtype, and the
-            photon energy in eV. A record that cannot be used is yielded all the same, so that
-            whoever processes the stream can refuse and count it: the photon energy is NaN where it
-            is missing, and the image has no pixels at all (size 0, energy NaN) where the frame is
-            unreadable.
+            photon energy in eV. A record that cannot be used is yielded all the same, so that it
+            is refused and counted downstream: the photon energy is NaN where it is missing, and
+            the image is the reason in words where the frame is unreadable, see `unreadable`.
 
         Raises
         ------
@@ -140,10 +139,16 @@ def check_photon_energy_ev(photon_energy_ev: float | None) -> None:
         raise ValueError(f"photon_energy_ev must be positive (eV); got {photon_energy_ev}")
 
 
-def unreadable(path: Path, record: int, ndim: int, cause: Exception | str) -> Image:
-    """Log that a frame cannot be read and return what stands for it: an image without pixels.
+def unreadable(path: Path, record: int, cause: Exception | str) -> Image:
+    """Log that a frame cannot be read and return the reason in place of its pixels.
 
-    Zeros of the right shape would do too, but they could be taken for a measured blank.
+    Returns
+    -------
+    ndarray
+        () | text. The items of a queue have no field for a reason. This array takes the place of
+        the image through every queue, and `peaknet_predict.batching.check_event` refuses the
+        event with it. Zeros could be taken for a measured blank.
     """
-    logger.warning("%s: frame %d is unreadable: %s", path, record, cause)
-    return np.empty((0,) * ndim, dtype=np.float32)
+    reason = f"{path}: frame {record} is unreadable: {cause}"
+    logger.warning("%s", reason)
+    return np.array(reason)

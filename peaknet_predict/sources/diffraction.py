@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.photon_energy import HC_EV_ANGSTROM
+
 Floats = npt.NDArray[np.float64]
 
 Cell = tuple[float, float, float, float, float, float]
 """a, b, c in Angstrom, alpha, beta, gamma in degrees."""
-
-HC_EV_ANGSTROM = 12398.419843320026
-"""Planck constant times speed of light, eV Angstrom (exact in the SI of 2019)."""
 
 TOLERANCE_WIDTHS = 3.0
 """Reflections more than this many peak widths away from the Ewald sphere are left out. Their

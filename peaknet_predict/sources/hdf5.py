@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.photon_energy import JOULES_PER_EV
 from peaknet_predict.sources.base import (
     EventSource,
     check_first,
@@ -19,7 +20,7 @@ from peaknet_predict.sources.base import (
     resolve_paths,
     unreadable,
 )
-from peaknet_predict.types import JOULES_PER_EV, Image
+from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,10 @@ EV_PER_UNIT = {"eV": 1.0, "keV": 1e3, "J": 1.0 / JOULES_PER_EV}
 
 
 class _File(NamedTuple):
-    """One file: its events, the dimensions of their images, their photon energies, (N,) in eV."""
+    """One file: its number of events and their photon energies, (N,) in eV."""
 
     path: Path
     num_events: int
-    ndim: int
     energies: npt.NDArray[np.float64]
 
 
@@ -127,7 +127,7 @@ class Hdf5Source(EventSource):
             if start < file.num_events:
                 for record, image in enumerate(self._frames(file, start), start):
                     # No pixels, no event: the energy must not make it look like one.
-                    energy = float(file.energies[record]) if image.size else np.nan
+                    energy = float(file.energies[record]) if image.ndim else np.nan
                     yield idx + record, image, energy
             idx += file.num_events
 
@@ -137,7 +137,7 @@ class Hdf5Source(EventSource):
         except OSError as error:
             # It was sound when the run began and has gone since.
             for record in range(start, file.num_events):
-                yield unreadable(file.path, record, file.ndim, error)
+                yield unreadable(file.path, record, error)
             return
         with h5:
             for record in range(start, file.num_events):
@@ -146,7 +146,7 @@ class Hdf5Source(EventSource):
                 # h5py has no exception of its own: a damaged chunk is an OSError, a file that has
                 # become shorter or lost a dataset one of the others.
                 except (OSError, KeyError, IndexError, ValueError, RuntimeError) as error:
-                    yield unreadable(file.path, record, file.ndim, error)
+                    yield unreadable(file.path, record, error)
                 else:
                     yield self._arrange(panels)
 
@@ -180,8 +180,7 @@ class Hdf5Source(EventSource):
                 energies = np.full(num_events, photon_energy_ev)
             else:
                 energies = _energies(h5, path, photon_energy, num_events)
-            stacked = self._separate or self._panel_height is not None
-            return _File(path, num_events, 3 if stacked else datasets[0].ndim - 1, energies)
+            return _File(path, num_events, energies)
 
     def _check_layout(self, path: Path, dataset: Any) -> None:
         where = f"{path}: {dataset.name} has shape {dataset.shape}"

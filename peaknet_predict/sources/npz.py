@@ -100,8 +100,7 @@ class NpzSource(EventSource):
                 images = self._load(file)
                 for record in range(start, num_events):
                     if isinstance(images, Exception):
-                        ndim = len(file.shape) - self._stacked
-                        yield idx + record, unreadable(file.path, record, ndim, images), np.nan
+                        yield idx + record, unreadable(file.path, record, images), np.nan
                     else:
                         # A copy, lest one event that is kept hold the memory of all.
                         image = images[record].copy() if self._stacked else images

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from peaknet_predict.photon_energy import HC_EV_ANGSTROM
 from peaknet_predict.sources import EventSource, Simulator, simulator
 from peaknet_predict.sources.detector import (
     PANEL_GAP_PX,
@@ -15,7 +16,6 @@ from peaknet_predict.sources.detector import (
     smooth_scattering,
 )
 from peaknet_predict.sources.diffraction import (
-    HC_EV_ANGSTROM,
     Cell,
     Crystal,
     random_rotation,

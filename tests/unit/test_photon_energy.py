@@ -1,0 +1,67 @@
+"""Photon energies that no experiment has are refused, and the message names the likely unit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peaknet_predict.batching import check_event
+from peaknet_predict.photon_energy import (
+    HC_EV_ANGSTROM,
+    JOULES_PER_EV,
+    MAX_EV,
+    MIN_EV,
+    explain_implausible,
+    is_plausible,
+)
+from peaknet_predict.types import Event, EventId
+
+PIXELS = np.ones((2, 3), np.float32)
+
+
+def check(image: object, energy: float) -> str | None:
+    return check_event(Event(EventId("s", 0, 0), image, energy))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("energy", [MIN_EV, 280.0, 9500.0, 87_100.0, MAX_EV])
+def test_energies_from_soft_to_hard_x_rays_are_accepted(energy: float) -> None:
+    assert check(PIXELS, energy) is None
+
+
+@settings(deadline=None)
+@given(st.floats(1000.0, 99_000.0))
+def test_a_value_in_another_unit_is_refused_with_that_unit(energy: float) -> None:
+    """Over the range of diffraction experiments, 1 to 99 keV."""
+    wavelength = HC_EV_ANGSTROM / energy
+    for unit, value in {
+        "keV": energy / 1e3,
+        "a wavelength in angstrom": wavelength,
+        "joules": energy * JOULES_PER_EV,
+        "a wavelength in metres": wavelength * 1e-10,
+        "eV taken for joules": energy / JOULES_PER_EV,
+        "a wavelength in angstrom taken for metres": energy * 1e-10,
+        "a wavelength in metres taken for angstrom": energy * 1e10,
+    }.items():
+        reason = check(PIXELS, value)
+        assert reason is not None, (unit, value)
+        assert f"{unit} ({energy:.0f} eV)" in reason, (unit, reason)
+
+
+@pytest.mark.parametrize("energy", [0.0, -9500.0, math.nan, math.inf, 99.9, 200_001.0])
+def test_what_is_no_energy_at_all_is_refused(energy: float) -> None:
+    assert not is_plausible(energy)
+    reason = check(PIXELS, energy)
+    assert reason == explain_implausible(energy)
+    assert "expected 100 eV to 200 keV" in reason
+
+
+def test_a_reason_in_place_of_pixels_is_the_reason_of_the_refusal() -> None:
+    said = "the frame could not be read: run.h5: frame 3 is unreadable: filter 32008 is missing"
+    reason = "run.h5: frame 3 is unreadable: filter 32008 is missing"
+    assert check(np.array(reason), math.nan) == said
+    assert len(check(np.array("x" * 100_000), math.nan) or "") == 2000
+    assert "shape (2,)" in (check(np.array(["a", "b"]), 9500.0) or "")
