@@ -11,9 +11,6 @@ from peaknet_predict.queues.cluster import connect, disconnect, keep_to_loopback
 
 keep_to_loopback()  # before a test module imports Ray
 
-REPOSITORY = Path(__file__).parents[1]
-REAL_DATA = REPOSITORY.parent / "shared" / "realdata"
-
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:

@@ -16,7 +16,7 @@ from peaknet_predict.models import LocalSnr
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.sources import Simulator
 from peaknet_predict.types import Image, Peaks
-from tests.conftest import REPOSITORY
+from tests.helpers.paths import REPOSITORY
 
 MODELS = REPOSITORY / "configs" / "models"
 

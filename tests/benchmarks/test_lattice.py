@@ -21,7 +21,7 @@ from peaknet_predict.sources.detector import DetectorReadout, TiledDetector
 from peaknet_predict.sources.diffraction import Cell, Crystal, random_rotation
 from peaknet_predict.sources.gaussian_spots import GaussianSpots
 from peaknet_predict.types import Peaks
-from tests.conftest import REAL_DATA
+from tests.helpers.paths import REAL_DATA
 
 Floats = npt.NDArray[np.float64]
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from peaknet_predict.queues import Queue, Reader, Taken
+import os
+import signal
+
+import numpy as np
+
+from peaknet_predict.queues import Queue, QueueAddress, Reader, Taken
 from peaknet_predict.queues.state import QueueStatistics
+from peaknet_predict.types import Event, EventId
+
+
+def event(idx: int, side: int = 8) -> Event:
+    return Event(EventId("s", 0, idx), np.full((1, side, side), idx, np.float32), 9000.0)
 
 
 def statistics(queue: Queue) -> QueueStatistics:
@@ -30,3 +40,10 @@ def take_all(reader: Reader, group: str = "r") -> list[Taken]:
         more, ended = take(reader, group, 7, 1.0)
         taken += more
     return taken
+
+
+def kill_actor(address: QueueAddress) -> None:
+    import ray
+
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    os.kill(ray.get(handle.__ray_call__.remote(lambda actor: os.getpid())), signal.SIGKILL)

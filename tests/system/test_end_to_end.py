@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +21,12 @@ from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.sources import NpzSource, Simulator
 from peaknet_predict.types import EventId, Result
-from tests.conftest import REAL_DATA, REPOSITORY
+from tests.helpers.commands import finish, start, wait_until
 from tests.helpers.foreign import make_three_method_queue
+from tests.helpers.paths import CONFIGS, REAL_DATA
 from tests.helpers.queues import statistics, take
 
-CONFIGS = REPOSITORY / "configs"
-COMMAND = str(Path(sys.executable).with_name("peaknet-predict"))
 SMALL = {"panels": 2, "height": 160, "width": 192, "hit_fraction": 1.0, "distance_m": 0.05}
-
-
-def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    # What this process's own cluster has set must not help the commands along.
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [COMMAND, *map(str, words)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
-    said, _ = process.communicate(timeout=180)
-    assert process.returncode == expected, said
-    return said
 
 
 @pytest.fixture
@@ -307,13 +282,6 @@ def test_results_are_put_together_and_every_old_reader_gets_its_end(
     items = [ray.get(sink.get.remote()) for _ in range(ray.get(sink.size.remote()))]
     assert [len(item) for item in items[:-2]] == [12, 9]  # 21 events, 3 batches of 4 an item
     assert items[-2:] == ["END", "END"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

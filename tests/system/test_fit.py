@@ -25,9 +25,7 @@ from peaknet_predict.simulation.labels import IGNORED
 from peaknet_predict.training.cxi_shots import CxiShots
 from peaknet_predict.training.simulated_shots import SimulatedShots
 from peaknet_predict.types import Event, EventBatch, EventId, Result
-from tests.conftest import REPOSITORY
-
-CONFIGS = REPOSITORY / "configs"
+from tests.helpers.paths import CONFIGS
 
 NET: dict[str, Any] = {
     "hidden_sizes": [8, 16],

@@ -17,26 +17,17 @@ import h5py
 import numpy as np
 import pytest
 import ray
-import yaml
 
 from benchmarks.reliability.chaos import chaos
-from peaknet_predict.cxi.file import read_cxi, read_ids
+from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.feed import push
 from peaknet_predict.queues import QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.quarantine import read_index
 from peaknet_predict.sources import Simulator
 from peaknet_predict.types import ANYONE, Event, EventId, Refusal
-from tests.helpers.queues import statistics, take
-from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
-
-
-def event(idx: int, side: int = 8) -> Event:
-    return Event(EventId("s", 0, idx), np.full((1, side, side), idx, np.float32), 9000.0)
-
-
-def kill_actor(address: QueueAddress) -> None:
-    handle = ray.get_actor(address.name, namespace=address.namespace)
-    os.kill(ray.get(handle.__ray_call__.remote(lambda actor: os.getpid())), signal.SIGKILL)
+from tests.helpers.chain import chain, ranks_of, written
+from tests.helpers.commands import finish, start, wait_until
+from tests.helpers.queues import event, kill_actor, statistics, take
 
 
 def _take_and_sleep(address: QueueAddress) -> None:
@@ -169,34 +160,6 @@ def test_a_producer_goes_on_where_the_queue_has_it(address: QueueAddress) -> Non
     got = [one for one in queue.reader.get("r", 99, 1.0)[0] if isinstance(one, Event)]
     assert [one.id.idx for one in got] == list(range(10, 25))
     np.testing.assert_array_equal(got[12].image, source.event(2)[0])
-
-
-def chain(
-    tmp_path: Path, cluster: str, queues: tuple[str, str], topology: str, **data: Any
-) -> tuple[str, ...]:
-    """Write the shipped configuration for these queues, with short leases and CXI files."""
-    config = yaml.safe_load((CONFIGS / "predict.yaml").read_text())
-    settings = {"lease_s": 2.0, "producer_timeout_s": 10.0, "quarantine": str(tmp_path / "q")}
-    config["data"]["init_args"] |= {"address": cluster, "batch_size": 8, **data}
-    config["data"]["init_args"]["queue"] |= {"name": queues[0], **settings}
-    config["trainer"]["callbacks"][0]["init_args"]["queue"] |= {"name": queues[1], **settings}
-    output = {"directory": str(tmp_path / "cxi")}
-    config["trainer"]["callbacks"].insert(
-        1, {"class_path": "peaknet_predict.callbacks.cxi_output.CxiOutput", "init_args": output}
-    )
-    path = tmp_path / "chain.yaml"
-    path.write_text(yaml.safe_dump(config))
-    model, where = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / topology
-    return ("predict", "-c", str(path), "-c", str(model), "-c", str(where))
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
-
-
-def written(directory: Path) -> list[int]:
-    return sorted(key.idx for path in directory.glob("*.cxi") for key in read_ids(path))
 
 
 @pytest.mark.parametrize(

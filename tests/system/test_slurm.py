@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 from peaknet_predict.queues import QueueAddress, connect_queue
-from tests.conftest import REPOSITORY
-from tests.helpers.queues import statistics
-from tests.system.test_end_to_end import COMMAND, CONFIGS, finish, start
-from tests.system.test_reliability import event, written
+from tests.helpers.chain import written
+from tests.helpers.commands import COMMAND, environment, finish, start
+from tests.helpers.paths import CONFIGS
+from tests.helpers.queues import event, statistics
 
 LEASE_S = 2.0
 
@@ -34,11 +34,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def environment(**more: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **more}
 
 
 def configuration(tmp_path: Path, names: tuple[str, str]) -> list[str]:

@@ -17,9 +17,10 @@ import yaml
 
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.types import EventId, Result
-from tests.helpers.queues import statistics
-from tests.system.test_end_to_end import CONFIGS, finish, start, wait_until
-from tests.system.test_reliability import chain, event, ranks_of, written
+from tests.helpers.chain import chain, ranks_of, written
+from tests.helpers.commands import finish, start, wait_until
+from tests.helpers.paths import CONFIGS
+from tests.helpers.queues import event, statistics
 
 EVENTS = 60
 LEASE_S = 2.0

@@ -12,9 +12,8 @@ import yaml
 
 from peaknet_predict.cli import main
 from peaknet_predict.doctor import doctor
-from tests.conftest import REPOSITORY
+from tests.helpers.paths import CONFIGS
 
-CONFIGS = REPOSITORY / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 TRAINING = [CONFIGS / "train.yaml", CONFIGS / "models" / "peaknet_small.yaml"]
 TOPOLOGIES = sorted((CONFIGS / "topology").glob("*.yaml"))

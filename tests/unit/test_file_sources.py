@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from peaknet_predict.sources import EventSource, Hdf5Source, NpzSource
 from peaknet_predict.sources.base import resolve_paths
 from peaknet_predict.sources.hdf5 import CXI_ENERGY, LCLS_ENERGY
+from tests.helpers.paths import REAL_DATA
 
 DATA = "/entry_1/data_1/data"
-REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "realdata"
 
 Array = npt.NDArray[Any]
 Write = Callable[..., str]

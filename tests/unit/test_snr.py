@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from peaknet_predict.models import LocalSnr
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Preprocess
-from tests.conftest import REAL_DATA
+from tests.helpers.paths import REAL_DATA
 
 Floats = npt.NDArray[np.float64]
 
