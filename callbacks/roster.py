@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
-from peaknet_predict.queues.state import QueueStatistics
+from peaknet_predict.queues.statistics import QueueStatistics
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from peaknet_predict.queues import Queue, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.queues.native import NativeReader
 from peaknet_predict.queues.quarantine import read_index
-from peaknet_predict.queues.state import QueueStatistics
+from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.types import EventId
 
 REPOSITORY = Path(__file__).parents[2]

@@ -30,9 +30,9 @@ import numpy as np
 
 from peaknet_predict.feed import EVENTS_PER_PUT, is_due
 from peaknet_predict.queues import QueueAddress, connect_queue, run_in_cluster
-from peaknet_predict.queues.actor import REST_S
+from peaknet_predict.queues.actor import LINGER_S
 from peaknet_predict.queues.cluster import connect
-from peaknet_predict.queues.waiting import Line, Rest
+from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.types import Event, EventId
 
 BATCH = 32
@@ -60,14 +60,14 @@ class Measured:
 
 
 class BareQueue:
-    """As little as a queue can be: a deque; calls wait in it as in ours, and rest as ours do."""
+    """As little as a queue can be: a deque; calls wait in it as in ours, and linger as ours do."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         self._open = 0
-        self._producers = Line[bool](self._serve)
-        self._readers = Line[list[Event]](self._serve)
-        self._rest = Rest(REST_S, self._serve)
+        self._producers = WaitingCalls[bool](self._serve)
+        self._readers = WaitingCalls[list[Event]](self._serve)
+        self._linger = Linger(LINGER_S, self._serve)
 
     async def open(self, producers: int) -> None:
         self._open = producers
@@ -88,7 +88,7 @@ class BareQueue:
     async def get_many(self, most: int) -> list[Event]:
         def take() -> list[Event] | None:
             if self._events:
-                self._rest.begin()
+                self._linger.begin()
             taken = [self._events.popleft() for _ in range(min(most, len(self._events)))]
             return taken if taken or not self._open else None
 
@@ -101,14 +101,14 @@ class BareQueue:
     def _serve(self) -> None:
         while True:
             self._producers.serve(lambda wanted: not self._full)
-            if not self._readers.serve(self._is_worth_a_look):
+            if not self._readers.serve(self._is_worth_trying):
                 return
 
-    def _is_worth_a_look(self, wanted: int) -> bool:
+    def _is_worth_trying(self, wanted: int) -> bool:
         if not self._open:
             return True
         ready = len(self._events)
-        return ready > 0 and (ready >= wanted or self._full or self._rest.is_over())
+        return ready > 0 and (ready >= wanted or self._full or self._linger.is_over())
 
 
 def _address(name: str) -> QueueAddress:

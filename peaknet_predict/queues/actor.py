@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
-from peaknet_predict.queues.state import Delivery, QueueState, QueueStatistics
-from peaknet_predict.queues.waiting import Line, Rest
+from peaknet_predict.queues.state import QueueState
+from peaknet_predict.queues.statistics import QueueStatistics
+from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.queues.wire import event_to_item, results_to_item
 from peaknet_predict.types import Event, Result
 
@@ -27,7 +29,7 @@ PROTOCOL = 4
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
 
-REST_S = 0.005
+LINGER_S = 0.005
 """How long readers that ask for more than there is wait after one of them has been answered.
 
 An answer costs the queue's process about a millisecond, a record in it some microseconds: while
@@ -56,7 +58,7 @@ class QueueActor:
     every argument for itself, and pickles a tuple faster than a class.
 
     Every method runs in the actor's one event loop, so the state is never changed by two at once.
-    Calls that wait stand in lines, and whatever changes the state serves them (`_serve`).
+    Whatever changes the state answers the calls that wait for the change (`_serve`).
     """
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
@@ -88,9 +90,9 @@ class QueueActor:
                 self._spool.books(self._state.streams.to_json())
                 self._spool.sync()
             found.entries = []  # the state's, from now on
-        self._producers = Line[bool](self._serve)
-        self._readers = Line[Delivery](self._serve)
-        self._rest = Rest(REST_S, self._serve)
+        self._producers = WaitingCalls[bool](self._serve)
+        self._readers = WaitingCalls[Delivery](self._serve)
+        self._linger = Linger(LINGER_S, self._serve)
         self._syncing = asyncio.Lock()
         self._synced = (0, 0)
         self._ticker: asyncio.Task[None] | None = None
@@ -165,7 +167,7 @@ class QueueActor:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.
 
         With nothing to come before the reader has brought to an end what it holds, it is told at
-        once. While events come faster than one in `REST_S`, a reader that asks for several waits
+        once. While events come faster than one in `LINGER_S`, a reader that asks for several waits
         up to that long for more.
 
         Parameters
@@ -184,7 +186,7 @@ class QueueActor:
         def take() -> Delivery | None:
             delivery = self._state.take(reader, holder, request, max_records)
             if delivery.tokens:
-                self._rest.begin()
+                self._linger.begin()
             return delivery if delivery.tokens or delivery.ended or delivery.flush else None
 
         def give_back(delivery: Delivery) -> None:
@@ -236,18 +238,18 @@ class QueueActor:
 
     def _serve(self) -> None:
         while True:
-            self._producers.serve(lambda wanted: not self._state.full)
+            self._producers.serve(lambda wanted: not self._state.ready.full)
             # What readers have taken leaves room.
-            if not self._readers.serve(self._is_worth_a_look):
+            if not self._readers.serve(self._is_worth_trying):
                 return
 
-    def _is_worth_a_look(self, wanted: int) -> bool:
-        """Whether to look what there is for a reader, or let it wait for more."""
+    def _is_worth_trying(self, wanted: int) -> bool:
+        """Whether to answer a reader with what there is, or to let it wait for more."""
         state = self._state
         if state.streams.ended:
             return True
         ready = len(state)
-        return ready > 0 and (ready >= wanted or state.full or self._rest.is_over())
+        return ready > 0 and (ready >= wanted or state.ready.full or self._linger.is_over())
 
     async def _on_disk(self) -> None:
         """Return once what was accepted up to now is on disk; many puts share one sync."""

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peaknet_predict.queues.address import QueueAddress, QueueError
+from peaknet_predict.queues.foreign_streams import ForeignStreams
 from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, Kind, Opaque
 from peaknet_predict.queues.roles import Taken
-from peaknet_predict.queues.streams import StreamBook
 from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import (
     event_to_item,
@@ -134,7 +134,7 @@ class ForeignReader:
         self._address = address
         self._kind = kind
         self._uid = uid
-        self._names = StreamBook(uid)
+        self._streams = ForeignStreams(uid)
         self._items_taken = 0
         self._idle_s = 0.0
         self._notice = WaitingNotice(f"no event in queue {address.name!r}")
@@ -224,7 +224,10 @@ class ForeignReader:
         position, self._items_taken = self._items_taken, self._items_taken + 1
         if self._kind == "results":
             return list(item_to_results(item, self._uid, position))
-        return [item_to_event(item, self._names.foreign_stream(named(item)), position)]
+        identity = named(item)
+        stream = self._streams.name_for(identity)
+        self._streams.accept(identity)
+        return [item_to_event(item, stream, position)]
 
 
 class ForeignAdmin:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from peaknet_predict.queues.cluster import known_actors
+from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.held_leases import Finished, HeldLeases
 from peaknet_predict.queues.records import ForeignItem, Kind, Record
 from peaknet_predict.queues.roles import Taken
-from peaknet_predict.queues.state import Delivery, QueueStatistics
+from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.transport import Acknowledgements, ActorCalls, Heartbeat
 from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import item_to_event, item_to_results

@@ -15,6 +15,7 @@ Kind = Literal["events", "results"]
 END_MARKER = "END"
 """What a reader that knows only ``get`` is handed at the end of a queue of results."""
 
+_SUSPECTED_AFTER = 2  # losses; by chance, a record is hardly ever there at two of them
 _DEPTH = 4  # of lists in lists; what is deeper is no event
 _TEXT = 200  # characters kept of an object that is none of ours
 
@@ -79,6 +80,8 @@ class Entry:
         How often a reader died, fell silent or failed while it held this.
     lost_by
         Those readers.
+    reason
+        Why it is to be quarantined; None if it is not.
     """
 
     record: Record
@@ -86,6 +89,12 @@ class Entry:
     nbytes: int
     losses: int = 0
     lost_by: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def is_suspected(self) -> bool:
+        """Whether this may be a poison message, which costs every reader that takes it."""
+        return self.losses >= _SUSPECTED_AFTER
 
 
 def entry_of(record: Record) -> Entry:

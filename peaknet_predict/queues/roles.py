@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from peaknet_predict.queues.state import QueueStatistics
+from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
 Taken = Event | Result | Refusal

@@ -25,9 +25,9 @@ from peaknet_predict.types import EventId
 
 _HEAD = struct.Struct("<2sBxIQI")  # magic, kind, skeleton's length, data's length, CRC of both
 _MAGIC = b"PQ"
-_PUT, _SETTLED, _BOOKS, _SNAPSHOT = range(4)
+_PUT, _SETTLED, _BOOKS, _SNAPSHOT, _NOTE = range(5)
 _SEGMENT_BYTES = 256 * 2**20
-_FORMAT = 1
+_FORMAT = 2
 
 
 class SpoolError(RuntimeError):
@@ -88,6 +88,12 @@ class Spool:
         skeleton, buffers = encode(entry.record)
         self._append(_PUT, skeleton, buffers)
         self._note_put(entry)
+
+    def note(self, entry: Entry) -> None:
+        """Append the readers that a record has cost, and why it is to be quarantined."""
+        note = [*entry.id, entry.losses, entry.lost_by, entry.reason]
+        with contextlib.suppress(OSError):
+            self._append(_NOTE, json.dumps(note).encode(), [])
 
     def settled(self, key: EventId, quarantined: bool) -> None:
         """Append that a record has been settled; without room, it would come again after a crash.
@@ -241,6 +247,11 @@ class Spool:
                     stream, rank, idx, quarantined = json.loads(skeleton)
                     unsettled.pop(EventId(stream, rank, idx), None)
                     self._note_settled(EventId(stream, rank, idx), quarantined)
+                elif kind == _NOTE:
+                    stream, rank, idx, losses, lost_by, reason = json.loads(skeleton)
+                    noted = unsettled.get(EventId(stream, rank, idx))
+                    if noted is not None:
+                        noted.losses, noted.lost_by, noted.reason = losses, lost_by, reason
                 elif kind == _BOOKS:
                     self.replay.books = json.loads(skeleton)
                 else:

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    """One that waits: how to get an answer, how much it asks for, and what it got."""
+    """A call that waits: how to get its answer, how much it asks for, and what it got."""
 
     __slots__ = ("attempt", "future", "given", "wanted")
 
@@ -23,7 +23,7 @@ class _Call(Generic[T]):
     def answer(self) -> bool:
         """Try to answer; True if this call has its answer now."""
         if self.future.done():
-            return False  # cancelled, and about to leave the line
+            return False  # cancelled, and about to leave
         try:
             self.given = self.attempt()
         except Exception as error:
@@ -35,18 +35,18 @@ class _Call(Generic[T]):
         return True
 
 
-class Line(Generic[T]):
-    """Calls that wait for an answer, in the order they came.
+class WaitingCalls(Generic[T]):
+    """Calls that wait for an answer, in the order in which they came.
 
-    Whoever changes the queue answers them there and then, with `serve`, instead of waking them to
-    look for themselves. So no wake-up can be lost, for there is none between a change and its
-    answer, and a change costs as many looks as it has answers, however many wait.
+    Each change of the queue answers them there and then, with `serve`, instead of waking them to
+    look for themselves. No wake-up can be lost, because none comes between a change and its
+    answer, and a change costs as many attempts as it has answers, however many calls wait.
 
     Parameters
     ----------
     serve
-        Serves this line and whatever else its answers may concern. Called when a call has joined,
-        and when one has taken its last chance.
+        Serves these calls and all others that their answers may concern. Called when a call has
+        come, and when the time of one that was answered has run out.
     """
 
     def __init__(self, serve: Callable[[], None]) -> None:
@@ -66,14 +66,14 @@ class Line(Generic[T]):
         Parameters
         ----------
         key
-            Names the call. The same call made again takes the place of the one that waits, which
-            nobody listens to any more.
+            Names the call. The same call made again takes the place of the one that waits, whose
+            caller is gone.
         attempt
-            Returns the answer, or None while there is none. It must not serve a line.
+            Returns the answer, or None while there is none. It must not serve waiting calls.
         timeout_s
-            It is made a last time after so long, and None is the answer if it is still None.
+            The last attempt is made after so many seconds; without success, the answer is None.
         wanted
-            What `serve` shows to its ``worth``.
+            How much the call asks for: what `serve` passes to ``worth_trying``.
         give_back
             Takes an answer whose call was cancelled before it could be returned.
         """
@@ -95,11 +95,11 @@ class Line(Generic[T]):
             alarm.cancel()
             self._leave(key, call)
 
-    def serve(self, worth: Callable[[int], bool]) -> bool:
-        """Answer calls in their order, for as long as it is worth a look; True if any was."""
+    def serve(self, worth_trying: Callable[[int], bool]) -> bool:
+        """Answer calls in their order, for as long as it is worth trying; True if any was."""
         served = False
         for key, call in list(self._calls.items()):
-            if not worth(call.wanted):
+            if not worth_trying(call.wanted):
                 break
             if call.answer():
                 self._leave(key, call)
@@ -118,15 +118,15 @@ class Line(Generic[T]):
             del self._calls[key]
 
 
-class Rest:
-    """A short rest after an answer, so that what comes meanwhile goes out together.
+class Linger:
+    """A short pause after an answer, so that what comes meanwhile goes out together.
 
     Parameters
     ----------
     seconds
-        How long it is.
+        How long the pause is.
     at_its_end
-        Called at the end of a rest during which somebody has asked whether it is over.
+        Called at the end of a pause during which `is_over` was asked.
     """
 
     def __init__(self, seconds: float, at_its_end: Callable[[], None]) -> None:
@@ -136,11 +136,11 @@ class Rest:
         self._alarm: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Begin a rest, or begin it again."""
+        """Begin a pause, or begin it again."""
         self._until = asyncio.get_running_loop().time() + self._seconds
 
     def is_over(self) -> bool:
-        """Whether there is no rest now."""
+        """Whether there is no pause now."""
         loop = asyncio.get_running_loop()
         if loop.time() >= self._until:
             return True

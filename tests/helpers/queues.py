@@ -8,7 +8,7 @@ import signal
 import numpy as np
 
 from peaknet_predict.queues import Queue, QueueAddress, Reader, Taken
-from peaknet_predict.queues.state import QueueStatistics
+from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.types import Event, EventId
 
 

@@ -14,8 +14,10 @@ from hypothesis.stateful import (
     rule,
 )
 
+from peaknet_predict.keys import KeySet
+from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.records import END_MARKER, Entry, ForeignItem
-from peaknet_predict.queues.state import Delivery, QueueState
+from peaknet_predict.queues.state import QueueState
 from peaknet_predict.types import Event, EventId
 
 
@@ -320,6 +322,46 @@ def test_a_foreign_producer_that_begins_anew_loses_nothing() -> None:
     assert [key.idx for key in records] == [0, 1, 0, 1]
 
 
+def fill_by_retrying(state: QueueState, count: int) -> list[EventId]:
+    """Put items as psana-ray does, again and again while the queue is full; return what came."""
+    seen: list[EventId] = []
+    for idx in range(count):
+        item = [0, idx, np.zeros((1, 64, 64), np.float32), 9500.0]
+        while not state.put_foreign(item):
+            delivery = ask(state, most=1)
+            seen += [record.id for record in delivery.records]
+            state.ack(tokens(delivery))
+    while (delivery := ask(state, most=10)).tokens:
+        seen += [record.id for record in delivery.records]
+        state.ack(tokens(delivery))
+    return seen
+
+
+@pytest.mark.parametrize("capacity", [(400, 100_000), (5, 10**9)])
+def test_a_put_that_is_tried_again_while_the_queue_is_full_keeps_its_streams_name(
+    capacity: tuple[int, int],
+) -> None:
+    state = QueueState("events", *capacity)
+    seen = fill_by_retrying(state, 100)
+    assert [key.idx for key in seen] == list(range(100))
+    assert len({key.stream for key in seen}) == 1
+    assert len(list(state.keys.intervals())) == 1
+
+
+def test_two_producers_with_one_rank_cost_no_memory_that_grows() -> None:
+    state = QueueState("events", 5, 10**9)
+    seen = set()
+    for idx in range(200):
+        for _ in range(2):
+            assert state.put_foreign([0, idx, np.zeros((1, 2, 2)), 9500.0])
+            assert state.put_foreign("no event")
+        delivery = ask(state, most=5)
+        seen |= {record.id for record in delivery.records}
+        state.ack(tokens(delivery))
+    assert len(seen) == 800, "each is an event of its own"
+    assert len(list(state.keys.intervals())) <= 4
+
+
 def test_what_no_other_process_may_know_is_replaced_by_its_description() -> None:
     class Strange:
         def __repr__(self) -> str:
@@ -345,6 +387,158 @@ def test_a_failed_producer_is_named() -> None:
     state.open("p")
     state.close("p", failure="disk on fire")
     assert state.statistics().failures == {"p": "disk on fire"}
+
+
+class Disk:
+    """A quarantine whose disk may be full, and a journal that notes the order of things."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.written: list[Any] = []
+
+    def quarantine(self, entry: Entry, reason: str) -> bool:
+        if not self.full:
+            self.written.append(("line", entry.id.idx, reason))
+        return not self.full
+
+    def put(self, entry: Entry) -> None:
+        self.written.append(("put", entry.id.idx))
+
+    def note(self, entry: Entry) -> None:
+        self.written.append(("note", entry.id.idx, entry.losses, entry.reason))
+
+    def settled(self, key: EventId, quarantined: bool) -> None:
+        self.written.append(("settled", key.idx, quarantined))
+
+    def books(self, books: dict[str, Any]) -> None:
+        pass
+
+
+def test_a_rejected_record_is_settled_once_the_quarantine_has_it_on_disk() -> None:
+    disk = Disk()
+    state = QueueState("events", 2, 1000, quarantine=disk.quarantine, journal=disk)
+    state.open("p")
+    state.put("p", [event(0), event(1)])
+    disk.full = True
+    delivery = ask(state, most=2)
+    state.reject(dict.fromkeys(tokens(delivery), "bad"))
+    assert state.put("p", [event(2)]) == 0, "what waits for the disk takes up room"
+    state.close("p")
+    assert not ask(state).ended
+    now = state.statistics()
+    assert (now.accepted, now.quarantining, now.quarantined, now.leased) == (2, 2, 0, 0)
+    assert not [line for line in disk.written if line[0] == "settled"]
+    state.settlements.confirm([event(0).id])
+    state.settlements.confirm([event(0).id, event(1).id, event(7).id])
+    assert [line for line in disk.written if line[0] == "settled"] == [
+        ("settled", 0, True),
+        ("settled", 1, True),
+    ]
+    assert ask(state).ended
+    now = state.statistics()
+    assert (now.quarantining, now.quarantined) == (0, 2)
+
+
+def test_a_quarantine_that_raises_loses_nothing() -> None:
+    def broken(entry: Entry, reason: str) -> bool:
+        raise RuntimeError("HDF5 says no")
+
+    state = QueueState("events", 9, 1000, quarantine=broken)
+    state.open("p")
+    state.put("p", [event(0)])
+    delivery = ask(state)
+    with pytest.raises(RuntimeError, match="HDF5 says no"):
+        state.reject(dict.fromkeys(tokens(delivery), "bad"))
+    assert state.statistics().quarantining == 1
+
+
+def test_what_happened_to_a_record_survives_the_queue() -> None:
+    """Losses, so that a poison message does not begin anew, and reasons."""
+    disk = Disk()
+    entries = [Entry(event(i), event(i).id, 4) for i in range(4)]
+    entries[1].losses, entries[1].lost_by = 4, ["a", "b", "c", "d"]
+    entries[2].reason = "bad"
+    keys = KeySet(entry.id for entry in entries)
+    state = QueueState("events", 9, 1000, quarantine=disk.quarantine, journal=disk)
+    state.restore(entries, keys, None, 4, 0, kept={event(3).id})
+    now = state.statistics()
+    assert (now.accepted, now.ready, now.quarantined, now.acknowledged) == (4, 2, 2, 0)
+    assert disk.written == [
+        ("note", 2, 0, "bad"),
+        ("line", 2, "bad"),
+        ("settled", 2, True),
+        ("settled", 3, True),
+    ], "the last had its line before, and gets no second one"
+    suspected = ask(state)
+    assert ids(suspected) == [1]
+    assert suspected.flush
+    state.release(tokens(suspected), "it raised")
+    assert ("line", 1, "cost 5 readers, the last time: it raised") in disk.written
+    assert ids(ask(state, holder="another")) == [0]
+
+
+def restarted(state: QueueState, clock: Clock, **settings: Any) -> QueueState:
+    """Return the next life of a queue whose records have all been acknowledged."""
+    again = QueueState("events", 10, 10**6, clock=clock, **settings)
+    books, keys = state.streams.to_json(), KeySet.from_json(state.keys.to_json())
+    again.restore([], keys, books, state.accepted, state.quarantined)
+    return again
+
+
+def foreign(idx: int) -> list[Any]:
+    return [3, idx, np.zeros((1, 2, 2)), 9500.0]
+
+
+def test_a_restart_ends_the_stream_of_a_producer_that_ended_with_the_queue() -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 10**6, clock=clock)
+    for idx in range(3):
+        state.put_foreign(foreign(idx))
+    assert len(take_all(state)) == 3
+    state = restarted(state, clock, producer_timeout_s=60)
+    clock.now = 59.0
+    assert not ask(state).ended
+    clock.now = 61.0
+    delivery = ask(state)
+    assert delivery.ended
+    ((who, why),) = delivery.failures.items()
+    assert who == "a program that knows only put"
+    assert "rank 3 idx 2" in why
+    assert "Start it again" in why
+
+
+def test_a_producer_of_three_methods_that_survives_a_restart_goes_on_in_its_stream() -> None:
+    clock = Clock()
+    first = QueueState("events", 10, 10**6, clock=clock)
+    first.put_foreign(foreign(0))
+    (record,) = ask(first).records
+    for pause_s, ends in ((30.0, False), (100.0, True)):
+        state = restarted(first, clock, producer_timeout_s=60)
+        clock.now += pause_s
+        assert ask(state, "early").ended == ends
+        state.put_foreign(foreign(1))
+        clock.now += 1000
+        (next_one,) = ask(state, "later").records
+        assert next_one.id == EventId(record.id.stream, 3, 1)
+        assert state.statistics().failures == {}, "none is missing"
+        state.put_foreign(None)
+        state = restarted(state, clock)
+        state.put_foreign(foreign(0))
+        (another,) = ask(state, "next").records
+        assert another.id.stream != record.id.stream
+
+
+def test_items_after_a_restart_never_take_the_identity_of_earlier_ones() -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 10**6, clock=clock)
+    seen = []
+    for _ in range(4):
+        for item in ("no event", foreign(0), foreign(1)):
+            state.put_foreign(item)
+        seen += [record.id for record in ask(state, most=9).records]
+        # What was written down before the last items came is what the next life knows, and keys.
+        state = restarted(state, clock)
+    assert len(set(seen)) == len(seen) == 12
 
 
 class Conservation(RuleBasedStateMachine):

@@ -134,3 +134,19 @@ def test_a_full_disk_takes_nothing_and_spoils_nothing(tmp_path: Path) -> None:
     put(spool, event(2))
     spool.close()
     assert [entry.id.idx for entry in found(tmp_path)] == [0, 2]
+
+
+def test_the_readers_that_a_record_has_cost_are_known_after_a_restart(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    entries = [entry_of(event(i)) for i in range(2)]
+    for entry in entries:
+        spool.put(entry)
+    entries[0].losses, entries[0].lost_by = 2, ["a", "b"]
+    spool.note(entries[0])
+    entries[1].reason = "bad"
+    spool.note(entries[1])
+    spool.sync()
+    spool.close()
+    first, second = found(tmp_path)
+    assert (first.losses, first.lost_by, first.reason) == (2, ["a", "b"], None)
+    assert (second.losses, second.reason) == (0, "bad")

@@ -21,7 +21,7 @@ import pytest
 from peaknet_predict.queues import actor as actor_module
 from peaknet_predict.queues.actor import QueueActor
 from peaknet_predict.queues.address import QueueAddress
-from peaknet_predict.queues.state import Delivery
+from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.types import Event, EventId
 
 MINUTES = 600.0
@@ -249,7 +249,7 @@ def test_what_comes_in_quick_succession_goes_out_together(
     make: Callable[..., QueueActor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        monkeypatch.setattr(actor_module, "REST_S", 0.2)
+        monkeypatch.setattr(actor_module, "LINGER_S", 0.2)
         actor = make(max_events=5)
         await actor.open("p", 1)
         client = Client(actor, "a")
@@ -310,8 +310,8 @@ class Crowd:
             [key for key, call in line._calls.items() if not call.future.done()]
             for line in (actor._producers, actor._readers)
         )
-        assert not producers or state.full
-        assert not readers or not len(state) or actor._rest._alarm is not None
+        assert not producers or state.ready.full
+        assert not readers or not len(state) or actor._linger._alarm is not None
         if state.streams.ended:
             for key in readers:
                 assert isinstance(key, tuple)
@@ -391,7 +391,7 @@ def stress(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if patient:
-            patch.setattr(actor_module, "REST_S", 0.0)
+            patch.setattr(actor_module, "LINGER_S", 0.0)
         actor = make(cls, max_events=(1, 3, 40)[seed % 3], max_losses=1000)
     crowd = Crowd(actor, seed, patient)
     run(crowd.work(), within_s=20 if cls is QueueActor else 1)

@@ -1,0 +1,134 @@
+"""The streams of programs that know only ``put``: their names and their ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peaknet_predict.keys import KeySet
+
+FOREIGN = "a program that knows only put"
+"""Stands for such programs among the producers of a queue: they do not say who they are."""
+
+
+_UNNAMED = -1  # the rank of items that state no identity
+
+
+class ForeignStreams:
+    """Gives names to streams that have none, and knows whether one is open.
+
+    A stream opens with its first item and ends with an end item. Where the idx of a rank does not
+    grow, its producer has been started anew, and what follows gets the name of a new stream.
+
+    Parameters
+    ----------
+    uid
+        Names the queue apart from every other, past and future; streams are named after it.
+
+    Attributes
+    ----------
+    items
+        How many items have come.
+    is_open
+        Whether items have come since the last end item.
+    is_closed
+        Whether the last of them was an end item.
+    """
+
+    def __init__(self, uid: str) -> None:
+        self.items = 0
+        self.is_open = False
+        self.is_closed = False
+        self._uid = uid
+        self._number = 0
+        self._last: dict[int, int] = {}  # the latest idx of each rank
+
+    def open(self) -> bool:
+        """Note that an item is offered; True if that opens a stream."""
+        opens = not self.is_open
+        self.is_open, self.is_closed = True, False
+        return opens
+
+    def close(self) -> None:
+        """End the stream. An end item comes once per reader, and all of them mean one end."""
+        if not self.is_closed:
+            self._begin_next()
+        self.is_open, self.is_closed = False, True
+
+    def give_up(self) -> None:
+        """End the stream for now; an item whose idx grows on goes on in it."""
+        self.is_open, self.is_closed = False, True
+
+    def forget_end(self) -> None:
+        """Forget that a stream has ended: another one begins."""
+        self.is_closed = False
+
+    def name_for(self, identity: tuple[int, int] | None) -> str:
+        """Return the stream's name for an item that states ``identity`` as its (rank, idx)."""
+        return f"{self._uid}#{self._number + self._starts_anew(identity)}"
+
+    def follows(self, identity: tuple[int, int] | None) -> bool:
+        """Whether an item is the next one of its rank, with none missing before it."""
+        return identity is not None and identity[1] == self._last.get(identity[0], -1) + 1
+
+    def accept(self, identity: tuple[int, int] | None) -> list[tuple[str, int]]:
+        """Note that an item has been accepted; until then, `name_for` gives it the same name.
+
+        Returns
+        -------
+        list of (str, int)
+            Streams and ranks that have ended with this: their names never come again.
+        """
+        over: list[tuple[str, int]] = []
+        if self._starts_anew(identity):
+            name = f"{self._uid}#{self._number}"
+            over = [(name, rank) for rank in (_UNNAMED, *self._last)]
+            self._begin_next()
+        if identity is not None:
+            rank, idx = identity
+            self._last[rank] = idx
+        self.items += 1
+        return over
+
+    def last_events(self) -> str:
+        """Name the last event of each rank."""
+        named = (f"rank {rank} idx {idx}" for rank, idx in sorted(self._last.items())[:8])
+        return ", ".join(named) or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain data, for a spool."""
+        return {
+            "items": self.items,
+            "is_open": self.is_open,
+            "is_closed": self.is_closed,
+            "number": self._number,
+            "last": list(self._last.items()),
+        }
+
+    def restore(self, uid: str, saved: dict[str, Any], keys: KeySet) -> None:
+        """Take over what `to_json` returned, and what the accepted ``keys`` tell of later items."""
+        self._uid = uid
+        self.items = saved["items"]
+        self.is_open, self.is_closed = saved["is_open"], saved["is_closed"]
+        self._number = saved["number"]
+        self._last = {int(rank): int(idx) for rank, idx in saved["last"]}
+        prefix = f"{uid}#"
+        for stream, rank, bounds in keys.intervals():
+            number = stream.removeprefix(prefix)
+            if number == stream or not number.isdecimal() or int(number) < self._number:
+                continue
+            if int(number) > self._number:
+                self._number = int(number)
+                self._last.clear()
+            if rank == _UNNAMED:
+                self.items = max(self.items, bounds[-1])
+            else:
+                self._last[rank] = max(self._last.get(rank, -1), bounds[-1] - 1)
+
+    def _starts_anew(self, identity: tuple[int, int] | None) -> bool:
+        if identity is None or identity[0] not in self._last:
+            return False
+        return identity[1] <= self._last[identity[0]]
+
+    def _begin_next(self) -> None:
+        self._number += 1
+        self._last.clear()
