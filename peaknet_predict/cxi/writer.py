@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
-
 from peaknet_predict.cxi.directory import CxiDirectory, CxiWriteError, write_error
-from peaknet_predict.cxi.file import CxiRow, kind_of, write_cxi_file
-from peaknet_predict.cxi.integrate import integrate_peaks
+from peaknet_predict.cxi.file import write_cxi_file
+from peaknet_predict.cxi.row import CxiRow, check_identity, make_row
+from peaknet_predict.cxi.verify import verify_cxi_file
+from peaknet_predict.process.stopping import uninterrupted
 from peaknet_predict.types import EventId, Result
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class CxiWriter:
         """Return the number of events in memory, in no finished file yet."""
         return len(self._rows)
 
+    @uninterrupted()
     def add(self, result: Result) -> list[EventId]:
         """Take one event, and write a file when one is full.
 
@@ -190,6 +191,7 @@ class CxiWriter:
         """
         if self._closed:
             raise ValueError("this writer is closed")
+        check_identity(result.id)
         in_memory = any(row.result.id == result.id for row in self._rows)
         if in_memory or result.id in self._directory.known:
             self.statistics.taken += 1
@@ -202,7 +204,7 @@ class CxiWriter:
             self.statistics.filtered += 1
             self._settled.append(result.id)
             return self._take_settled()
-        row = self._make_row(result)
+        row = make_row(result, self._max_peaks)
         if self._rows and not self._has_room_for(row):
             self._write_file()
         self._rows.append(row)
@@ -217,6 +219,7 @@ class CxiWriter:
                 raise
         return self._take_settled()
 
+    @uninterrupted()
     def fence(self, owners: Iterable[str]) -> list[EventId]:
         """Take over from writers that fell silent: call it before `add`-ing what they had.
 
@@ -238,6 +241,7 @@ class CxiWriter:
         self._directory.fence(owners)
         return self._take_settled()
 
+    @uninterrupted()
     def flush(self) -> list[EventId]:
         """Write the events in memory to a file, full or not.
 
@@ -255,6 +259,7 @@ class CxiWriter:
             self._write_file()
         return self._take_settled()
 
+    @uninterrupted()
     def close(self) -> list[EventId]:
         """Write what is in memory and the list of files; a second call does nothing.
 
@@ -281,36 +286,7 @@ class CxiWriter:
 
     def _has_room_for(self, row: CxiRow) -> bool:
         held = sum(other.slab.nbytes for other in self._rows)
-        return (
-            kind_of(row.result) == kind_of(self._rows[0].result)
-            and held + row.slab.nbytes <= self._max_file_bytes
-        )
-
-    def _make_row(self, result: Result) -> CxiRow:
-        """Check, integrate and order one event."""
-        image = result.image
-        if image.ndim not in (2, 3) or image.size == 0 or image.dtype.kind not in "iuf":
-            raise ValueError(
-                f"event {result.id}: cannot write an image of shape {image.shape} and dtype "
-                f"{image.dtype} to CXI: expected (P, H, W) or (H, W) real numbers"
-            )
-        try:
-            intensities = integrate_peaks(image, result.peaks)
-        except ValueError as error:
-            raise ValueError(f"event {result.id}: {error}") from error
-        height, width = image.shape[-2:]
-        panel, y, x = result.peaks.T
-        # Strongest first: a reader with a shorter list than ours keeps the best, too.
-        order = np.argsort(-intensities.total, kind="stable")[: self._max_peaks]
-        table = np.stack(
-            [x, panel * height + y, intensities.total, intensities.maximum, intensities.snr]
-        )
-        return CxiRow(
-            result=result,
-            slab=image.reshape(-1, width),
-            table=table[:, order],
-            has_bad_pixels=image.dtype.kind == "f" and not bool(np.isfinite(image).all()),
-        )
+        return row.kind == self._rows[0].kind and held + row.slab.nbytes <= self._max_file_bytes
 
     def _write_file(self) -> None:
         """Write all events in memory to one file, and forget them once it is finished."""
@@ -320,12 +296,13 @@ class CxiWriter:
             with open(temporary, "xb+", buffering=0) as raw:
                 write_cxi_file(raw, rows, self._max_peaks, self._compression)
                 os.fsync(raw.fileno())
+            verify_cxi_file(temporary, rows, self._max_peaks)
             # Asked while the file exists: whoever takes over later deletes it, and the next step
             # then fails.
             ids = {row.result.id for row in rows}
             lost = ids.difference(self._still_ours(ids))
             path = None if lost else self._directory.publish(temporary, ids)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             stay = f"The {len(rows)} events of the file stay in memory. "
             raise write_error(self._directory.path, error, stay) from error
         finally:

@@ -7,6 +7,7 @@ signals through the wake-up pipe, and ends the process when its time is over.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -154,6 +155,33 @@ def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[Stop
         signal.set_wakeup_fd(wakeup)
         os.close(sending)
         os.close(receiving)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let no signal raise an exception while the block runs; what came in it is raised behind it.
+
+    For work that must not end between two of its steps, such as the writing of a file: HDF5 calls
+    Python functions and swallows what they raise. The block must be short. A process that a second
+    signal finds in a longer one is ended by its watchdog, see `stop_requests`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    handlers = {int(number): signal.getsignal(number) for number in _SIGNALS}
+    try:
+        with contextlib.ExitStack() as restored:
+            for number, handler in handlers.items():
+                if callable(handler):  # the system's own ends the process, and raises nothing
+                    restored.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda *received: noted.append(received))
+            yield
+    finally:
+        for number, frame in noted:
+            handler = handlers[number]
+            assert callable(handler)
+            handler(number, frame)
 
 
 def listen_again() -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peaknet_predict.cxi import directory as cxi_directory
-from peaknet_predict.cxi.file import read_cxi
+from peaknet_predict.cxi.file import read_cxi, read_ids
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.types import ANYONE, EventId, Result
 
@@ -558,3 +558,42 @@ def test_needs_neither_torch_nor_ray() -> None:
     )
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert output.stdout.strip() == b"[]"
+
+
+identities = st.builds(
+    EventId,
+    st.text(st.characters(exclude_categories=()), max_size=5) | st.sampled_from(["a\0b", "\udcff"]),
+    st.integers(),
+    st.integers() | st.sampled_from([2**63 - 1, 2**63, -(2**63) - 1]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(strange=st.lists(identities, max_size=6, unique=True))
+def test_what_no_file_can_hold_is_refused_alone_and_by_name(strange: list[EventId]) -> None:
+    good = [make_result(idx) for idx in range(3)]
+    image, peaks = good[0].image, good[0].peaks
+    offered = [Result(key, image, peaks, 9500.0) for key in strange]
+    reasons: dict[EventId, str] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        writer = CxiWriter(directory)
+        for result in [good[0], *offered, *good[1:]]:
+            try:
+                writer.add(result)
+            except ValueError as error:
+                reasons[result.id] = str(error)
+        writer.close()
+        written = {key for path in writer.statistics.files for key in read_ids(path)}
+    assert written == {result.id for result in [*good, *offered]} - reasons.keys()
+    assert set(reasons) == {key for key in strange if not fits_into_a_file(key)}
+    for reason in reasons.values():
+        assert "event of stream" in reason.encode().decode(), "fit for a log"
+
+
+def fits_into_a_file(key: EventId) -> bool:
+    if "\0" in key.stream or not all(-(2**63) <= n < 2**63 for n in (key.rank, key.idx)):
+        return False
+    try:
+        return key.stream.encode() is not None
+    except UnicodeEncodeError:
+        return False

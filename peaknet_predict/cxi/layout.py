@@ -1,0 +1,119 @@
+"""CXI files with peak lists, as CrystFEL (`indexamajig --peaks=cxi`) and Cheetah read them.
+
+The panels of an event are stacked into one slab, because CrystFEL finds no peaks in files with a
+dimension for panels. A file of N events holds::
+
+    /cxi_version                                 160
+    /entry_1/data_1/data                         (N, P*H, W), the original pixels and dtype
+    /entry_1/data_1/mask                         (N, P*H, W) uint32, 1 = bad; only in files that
+                                                 have a pixel that is NaN or infinite
+    /entry_1/result_1/nPeaks                     (N,) int32, never above the width of the lists
+    /entry_1/result_1/peakXPosRaw, peakYPosRaw   (N, max_peaks) float64, fast and slow scan
+    /entry_1/result_1/peakTotalIntensity, peakMaximumValue, peakSNR    (N, max_peaks) float64
+    /entry_1/instrument_1/source_1/energy        (N,) float64, joules
+    /LCLS/photon_energy_eV                       (N,) float64
+    /entry_1/peaknet_predict/stream, rank, idx, numPeaksFound, truncated, badPixels        (N,)
+
+A peak (panel, y, x) is at X = x, Y = panel * H + y: 0-based pixel indices of the slab, pixel
+centres on integers. CrystFEL adds the half pixel of its own convention when it reads them; nothing
+is added here. The peaks of an event are listed strongest first, zeros fill the rest of the row.
+
+Shape legend: N events of a file, P panels, H rows and W columns of a panel, M peaks of an event.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from peaknet_predict.cxi.row import CxiRow
+from peaknet_predict.photon_energy import JOULES_PER_EV
+
+CXI_VERSION = 160
+
+DATA = "entry_1/data_1/data"
+MASK = "entry_1/data_1/mask"
+PEAKS = "entry_1/result_1"
+OWN = "entry_1/peaknet_predict"
+ENERGY_EV = "LCLS/photon_energy_eV"
+
+COLUMNS = ("peakXPosRaw", "peakYPosRaw", "peakTotalIntensity", "peakMaximumValue", "peakSNR")
+
+
+class Contents(NamedTuple):
+    """All of a file but its images: what is written is what is looked for when it is read back."""
+
+    attributes: dict[str, dict[str, Any]]
+    tables: dict[str, npt.NDArray[Any]]
+
+
+def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
+    """Return what a file of these events holds beside its images."""
+    results = [row.result for row in rows]
+    energy_eV = np.array([result.photon_energy for result in results], dtype=np.float64)
+    tables: dict[str, npt.NDArray[Any]] = {
+        "cxi_version": np.array(CXI_VERSION),
+        "entry_1/instrument_1/source_1/energy": energy_eV * JOULES_PER_EV,
+        ENERGY_EV: energy_eV,
+        f"{PEAKS}/nPeaks": np.array([row.table.shape[1] for row in rows], dtype=np.int32),
+        f"{OWN}/stream": np.array([r.id.stream for r in results], dtype=object),
+        f"{OWN}/rank": np.array([r.id.rank for r in results], dtype=np.int64),
+        f"{OWN}/idx": np.array([r.id.idx for r in results], dtype=np.int64),
+        f"{OWN}/numPeaksFound": np.array([len(r.peaks) for r in results], dtype=np.int32),
+        f"{OWN}/truncated": np.array([row.truncated for row in rows], dtype=np.uint8),
+        f"{OWN}/badPixels": np.array([r.bad_pixels for r in results], dtype=np.int64),
+    }
+    for k, name in enumerate(COLUMNS):
+        column = np.zeros((len(rows), max_peaks), dtype=np.float64)
+        for i, row in enumerate(rows):
+            column[i, : row.table.shape[1]] = row.table[k]
+        tables[f"{PEAKS}/{name}"] = column
+    attributes: dict[str, dict[str, Any]] = {
+        "/": {
+            "NX_class": "NXroot",
+            "default": "entry_1",
+            "creator": "peaknet-predict",
+            "creator_version": _version(),
+        },
+        "entry_1": {"NX_class": "NXentry", "default": "data_1"},
+        "entry_1/data_1": {"NX_class": "NXdata", "signal": "data", "panels": rows[0].kind[0][0]},
+        DATA: {"interpretation": "image"},
+        PEAKS: {"NX_class": "NXcollection"},
+        f"{PEAKS}/peakXPosRaw": {"units": "fast-scan pixel index, pixel centres on integers"},
+        f"{PEAKS}/peakYPosRaw": {"units": "slow-scan pixel index, pixel centres on integers"},
+        "entry_1/instrument_1": {"NX_class": "NXinstrument"},
+        "entry_1/instrument_1/source_1": {"NX_class": "NXsource"},
+        "entry_1/instrument_1/source_1/energy": {"units": "J"},
+        "LCLS": {"NX_class": "NXcollection"},
+        ENERGY_EV: {"units": "eV"},
+        OWN: {"NX_class": "NXcollection"},
+    }
+    return Contents(attributes, tables)
+
+
+def mask_of(row: CxiRow) -> npt.NDArray[np.uint32]:
+    """Return an event's mask, (P*H, W): 1 where a pixel is bad."""
+    if row.bad is None:
+        return np.zeros(row.slab.shape, dtype=np.uint32)
+    return row.bad.astype(np.uint32)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("peaknet-predict")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def open_cxi(path: str | Path) -> Any:
+    """Open a finished file for reading; without a lock, which some file systems do not have.
+
+    A file is complete before it gets its name, and never changes behind it.
+    """
+    return h5py.File(path, "r", locking=False)

@@ -1,0 +1,135 @@
+"""One event, checked and ready to be written: its slab, its mask, its peaks by their strength.
+
+Whatever a file cannot hold is found here, event by event, so that the writing of a file fails for
+reasons of storage only.
+
+Shape legend: P panels, H rows and W columns of a panel, M peaks of an event.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peaknet_predict.cxi.integrate import integrate_peaks
+from peaknet_predict.types import EventId, Image, Result
+
+_INT64 = np.iinfo(np.int64)
+_MAX_STREAM_BYTES = 65_535  # of a stream's name
+_MAX_SLAB_BYTES = 2**32 - 1  # HDF5's limit for a chunk, and a frame is one
+
+
+@dataclass(slots=True)
+class CxiRow:
+    """One event, ready to be written.
+
+    Attributes
+    ----------
+    result
+        The event as it came.
+    slab
+        (P*H, W), its pixels.
+    bad
+        (P*H, W) bool, True where a pixel is NaN or infinite; None if there is no such pixel.
+    table
+        (5, M) float64, the columns `peaknet_predict.cxi.file.COLUMNS` of the peaks that are listed.
+    """
+
+    result: Result
+    slab: Image
+    bad: npt.NDArray[np.bool_] | None
+    table: npt.NDArray[np.float64]
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """What all events of one file share; an image (H, W) is one of a single panel."""
+        shape = self.result.image.shape
+        return (shape if len(shape) == 3 else (1, *shape)), self.slab.dtype
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some of the event's peaks are not listed."""
+        return bool(self.table.shape[1] < len(self.result.peaks))
+
+
+def check_identity(key: EventId) -> None:
+    """Raise ValueError, with a name that can be printed, for an identity that no file can hold."""
+    stream = key.stream
+    if not isinstance(stream, str):
+        raise ValueError(f"event of stream {stream!a:.80}: the stream's name is no text")
+    try:
+        encoded = stream.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"event of stream {stream!a:.80}: the stream's name is no valid Unicode text, so that "
+            "no file can hold it"
+        ) from error
+    if "\0" in stream or len(encoded) > _MAX_STREAM_BYTES:
+        raise ValueError(
+            f"event of stream {stream!a:.80}: no file can hold the stream's name, which has a NUL "
+            f"character or more than {_MAX_STREAM_BYTES} bytes"
+        )
+    for name, value in (("rank", key.rank), ("idx", key.idx)):
+        if not _fits(value):
+            raise ValueError(
+                f"event of stream {stream!a:.80}: no file can hold its {name}, which is no integer "
+                "of 64 bits"
+            )
+
+
+def make_row(result: Result, max_peaks: int) -> CxiRow:
+    """Check, integrate and order one event.
+
+    Raises
+    ------
+    ValueError
+        If the event cannot be written, with its name and the reason.
+    """
+    check_identity(result.id)
+    try:
+        return _make_row(result, max_peaks)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"event {result.id}: {error}") from error
+
+
+def _make_row(result: Result, max_peaks: int) -> CxiRow:
+    image = result.image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"its image is no ndarray, but {type(image).__name__}")
+    if image.ndim not in (2, 3) or image.size == 0 or image.dtype.kind not in "iuf":
+        raise ValueError(
+            f"cannot write an image of shape {image.shape} and dtype {image.dtype} to CXI: "
+            "expected (P, H, W) or (H, W) real numbers"
+        )
+    if image.nbytes > _MAX_SLAB_BYTES:
+        raise ValueError(f"cannot write an image of {image.nbytes} bytes to CXI: 4 GiB is too much")
+    if not _fits(result.bad_pixels):
+        raise ValueError("its number of bad pixels is no integer of 64 bits")
+    float(result.photon_energy)
+    intensities = integrate_peaks(image, result.peaks)
+    height, width = image.shape[-2:]
+    panel, y, x = result.peaks.T
+    # Strongest first: a reader with a shorter list than ours keeps the best, too.
+    order = np.argsort(-intensities.total, kind="stable")[:max_peaks]
+    table = np.stack(
+        [x, panel * height + y, intensities.total, intensities.maximum, intensities.snr]
+    )
+    slab = np.ascontiguousarray(image.reshape(-1, width))
+    finite = np.isfinite(slab) if image.dtype.kind == "f" else None
+    return CxiRow(
+        result=result,
+        slab=slab,
+        bad=None if finite is None or finite.all() else ~finite,
+        table=np.ascontiguousarray(table[:, order], dtype=np.float64),
+    )
+
+
+def _fits(value: Any) -> bool:
+    try:
+        return bool(_INT64.min <= operator.index(value) <= _INT64.max)
+    except TypeError:
+        return False
