@@ -32,7 +32,7 @@ class KeySet:
     def add(self, key: EventId) -> bool:
         """Add a key; False if it was there already."""
         bounds = self._bounds.setdefault((key.stream, key.rank), [])
-        idx = key.idx
+        idx = int(key.idx)  # a NumPy integer overflows, and is no JSON
         at = bisect_right(bounds, idx)
         if at % 2 == 1:
             return False

@@ -50,6 +50,26 @@ class EventId(NamedTuple):
         return f"{self.stream}:{self.rank}:{self.idx}"
 
 
+_LONGEST_STREAM = 255
+
+
+def identity_problem(key: EventId) -> str | None:
+    """Say why an event of this identity cannot be kept in files; ``None`` if it can.
+
+    A file holds rank and idx as 64-bit integers and the stream's name as text without NUL; a name
+    with a line break could forge lines of a log.
+    """
+    stream, rank, idx = key
+    if not isinstance(stream, str) or not stream.isprintable() or len(stream) > _LONGEST_STREAM:
+        return f"the stream's name must be at most {_LONGEST_STREAM} printable characters"
+    for name, value in (("rank", rank), ("idx", idx)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            return f"{name} must be an integer, not a {type(value).__name__}"
+        if not -(2**63) <= value < 2**63:
+            return f"{name} does not fit in 64 bits"
+    return None
+
+
 @dataclass(slots=True)
 class Event:
     """One detector readout on its way into the program.

@@ -25,6 +25,12 @@ class FileSystem(Protocol):
     def read(self, fd: int, length: int, /) -> bytes:
         """Return up to ``length`` bytes from the descriptor's position."""
 
+    def pread(self, fd: int, length: int, offset: int, /) -> bytes:
+        """Return up to ``length`` bytes from an offset."""
+
+    def pwrite(self, fd: int, data: bytes, offset: int, /) -> int:
+        """Write some of the data at an offset; return how much."""
+
     def write(self, fd: int, data: bytes | memoryview, /) -> int:
         """Write some of the data; return how much."""
 
@@ -100,6 +106,39 @@ def write_all(file: int, data: bytes | memoryview, fs: FileSystem = os) -> None:
     view = memoryview(data)
     while len(view):
         view = view[fs.write(file, view) :]
+
+
+def read_all(path: str | Path, fs: FileSystem = os) -> bytes:
+    """Return a file's bytes."""
+    file = fs.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := fs.read(file, 2**24):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        fs.close(file)
+
+
+def make_private_directory(directory: Path, fs: FileSystem = os) -> None:
+    """Make a directory, and those above it, where they are missing; its owner alone may enter."""
+    missing = []
+    path = directory
+    while not _exists(path, fs):
+        missing.append(path)
+        path = path.parent
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            fs.mkdir(str(path), 0o700 if path == directory else 0o777)
+        sync_directory(path.parent, fs)
+
+
+def _exists(path: Path, fs: FileSystem) -> bool:
+    try:
+        fs.stat(str(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def sync_directory(directory: str | Path, fs: FileSystem = os) -> None:

@@ -63,8 +63,10 @@ class QueueActor:
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
         self._address = address
-        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes)
         self._spool = None if address.spool is None else Spool(address.spool)
+        books = self._spool.replay.books if self._spool is not None else None
+        uid = books["uid"] if books else f"{address.name}-{secrets.token_hex(4)}"
+        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes, uid)
         self._state = QueueState(
             kind,
             address.max_events,
@@ -72,7 +74,7 @@ class QueueActor:
             address.lease_s,
             address.producer_timeout_s,
             address.max_losses,
-            uid=f"{address.name}-{secrets.token_hex(4)}",
+            uid=uid,
             # Larger than any token of an earlier life.
             first_token=time.time_ns(),
             quarantine=lambda entry, reason: self._quarantine.keep(
@@ -83,7 +85,8 @@ class QueueActor:
         if self._spool is not None:
             found = self._spool.replay
             self._state.restore(
-                found.entries, found.keys, found.books, found.accepted, found.quarantined
+                *(found.entries, found.keys, found.books, found.accepted, found.quarantined),
+                kept=self._quarantine.kept() if found.entries else (),
             )
             if found.books is None:
                 # The name must not change with the next life.
@@ -161,7 +164,7 @@ class QueueActor:
         if self._change(put) is None:
             await self._producers.answer(object(), put, timeout_s)
         await self._on_disk()
-        return taken, self._state.problem
+        return taken, self._problem()
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.
@@ -226,8 +229,11 @@ class QueueActor:
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
         statistics = self._change(self._state.statistics)
-        statistics.problem = statistics.problem or self._quarantine.problem
+        statistics.problem = self._problem()
         return statistics
+
+    def _problem(self) -> str | None:
+        return self._state.problem or self._quarantine.problem
 
     def _change(self, act: Callable[[], T]) -> T:
         """Do what may change the state, and answer whoever has waited for that."""
@@ -269,6 +275,6 @@ class QueueActor:
             await asyncio.sleep(min(_TICK_S, self._address.lease_s / 4))
             try:
                 self._change(self._state.tick)
-                self._quarantine.retry()
+                self._change(lambda: self._state.settlements.confirm(self._quarantine.retry()))
             except Exception:
                 log.exception("the queue's clock")

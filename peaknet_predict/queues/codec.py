@@ -25,9 +25,9 @@ def encode(record: Record) -> tuple[bytes, list[Buffer]]:
         if isinstance(value, np.ma.MaskedArray):
             return {"masked": [part(np.ma.getdata(value)), part(np.ma.getmaskarray(value))]}
         if isinstance(value, np.ndarray):
-            array = np.ascontiguousarray(value)
-            buffers.append(array.data.cast("B") if array.size else b"")
-            return {"array": [array.dtype.str, list(value.shape), array.nbytes]}
+            flat = np.ascontiguousarray(value).reshape(-1)
+            buffers.append(flat.view(np.uint8).data if flat.size else b"")
+            return {"array": [value.dtype.str, list(value.shape), flat.nbytes]}
         if isinstance(value, bytes):
             buffers.append(value)
             return {"bytes": len(value)}

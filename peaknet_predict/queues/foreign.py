@@ -138,7 +138,7 @@ class ForeignReader:
         self._items_taken = 0
         self._idle_s = 0.0
         self._notice = WaitingNotice(f"no event in queue {address.name!r}")
-        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes)
+        self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes, self._uid)
         self._under_way: dict[EventId, Any] = {}  # and the item it came in
 
     @property

@@ -221,6 +221,8 @@ class NativeReader:
     def _why_empty(self) -> str:
         """Say what a reader that gets nothing should look at."""
         now: QueueStatistics = self._calls.call("statistics")
+        if now.quarantining:
+            return f"{now.quarantining} rejected events wait to be written: {now.problem}"
         if now.open_producers:
             held = f", {now.leased} events under lease" if now.leased else ""
             return f"open producers: {', '.join(now.open_producers)}{held}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from peaknet_predict.queues.wire import named
-from peaknet_predict.types import Event, EventId, Result
+from peaknet_predict.queues.wire import described, named
+from peaknet_predict.types import Event, EventId, Result, identity_problem
 
 Kind = Literal["events", "results"]
 
@@ -17,7 +17,9 @@ END_MARKER = "END"
 
 _SUSPECTED_AFTER = 2  # losses; by chance, a record is hardly ever there at two of them
 _DEPTH = 4  # of lists in lists; what is deeper is no event
-_TEXT = 200  # characters kept of an object that is none of ours
+_TEXT = 1000  # characters kept of an object that is none of ours
+_LONGEST_INTEGER = 4096  # bits
+_PLAIN = frozenset({type(None), bool, float, complex, str, bytes})
 
 
 @dataclass(slots=True)
@@ -98,36 +100,95 @@ class Entry:
 
 
 def entry_of(record: Record) -> Entry:
-    """Return a fresh entry for a record."""
+    """Return a fresh entry for a record; raises as `plain` does."""
+    record = plain(record)
     return Entry(record, record.id, record.nbytes)
+
+
+def plain(record: Record) -> Record:
+    """Return a record that any reader can unpickle and a spool can write: see `sanitized`.
+
+    An event with something else than an array and a number in it becomes an item that its reader
+    refuses, under the event's own identity.
+
+    Raises
+    ------
+    ValueError
+        If it has an identity that cannot be kept, or is a result with something else in it.
+    """
+    if isinstance(record, ForeignItem):
+        return record
+    problem = identity_problem(record.id)
+    if problem is not None:
+        raise ValueError(f"{described(tuple(record.id), 200)} cannot be kept: {problem}")
+    arrays = [record.image, record.peaks] if isinstance(record, Result) else [record.image]
+    if record.bad_bits is not None:
+        arrays.append(record.bad_bits)
+    if all(_is_plain(array) for array in arrays) and type(record.photon_energy) is float:
+        return record
+    if isinstance(record, Result):
+        raise ValueError(f"result {record.id}: image, peaks and mask must be arrays of numbers")
+    image, energy = sanitized(record.image), sanitized(record.photon_energy)
+    bits = sanitized(record.bad_bits)
+    is_number = type(energy) in (int, float) and abs(energy) < 1e300
+    if _is_plain(image) and is_number and (bits is None or _is_plain(bits)):
+        return replace(record, image=image, photon_energy=float(energy), bad_bits=bits)
+    payload = [int(record.id.rank), int(record.id.idx), image, energy]
+    return ForeignItem(payload, record.id.stream, 0)
 
 
 def sanitized(value: Any, depth: int = _DEPTH) -> Any:
     """Return a foreign object with everything in it that is neither plain data nor array replaced.
 
-    Readers in other environments can then unpickle it, and a spool can write it.
+    Readers in other environments can then unpickle it, and a spool can write it. Never raises.
     """
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    kind = type(value)
+    if kind in _PLAIN or (kind is int and value.bit_length() <= _LONGEST_INTEGER):
         return value
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject and value.dtype.kind != "V":
-        pixels = np.asarray(value)
-        if isinstance(value, np.ma.MaskedArray):
-            return np.ma.MaskedArray(pixels, np.ma.getmaskarray(value))
-        return pixels
-    if isinstance(value, np.generic) and value.dtype.kind in "biufcSU":
-        return value.item()
-    if isinstance(value, list | tuple) and depth > 0:
-        parts = [sanitized(part, depth - 1) for part in value]
-        return tuple(parts) if isinstance(value, tuple) else parts
-    return Opaque(_described(value))
-
-
-def _described(value: Any) -> str:
+    if _is_plain(value):
+        return value
+    if kind is list and depth > 0:
+        return [sanitized(part, depth - 1) for part in value]
+    if kind is tuple and depth > 0:
+        return tuple(sanitized(part, depth - 1) for part in value)
     try:
-        text = repr(value)
-    except Exception as error:
-        text = f"(its repr fails: {type(error).__name__})"
-    return f"{type(value).__name__} {text}"[:_TEXT]
+        base = _without_its_class(value)
+    except Exception:  # whatever the methods of a foreign class raise
+        base = value
+    if isinstance(base, np.ma.MaskedArray):
+        return base
+    return Opaque(described(value, _TEXT)) if base is value else sanitized(base, depth)
+
+
+def _without_its_class(value: Any) -> Any:
+    """Return an object of a class derived from plain data as plain data; others as they are."""
+    if isinstance(value, np.ma.MaskedArray):
+        pixels = np.asarray(value)
+        mask = np.array(np.ma.getmaskarray(value))
+        return np.ma.MaskedArray(pixels, mask) if _is_plain(pixels) else pixels
+    if type(value) is not np.ndarray and isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.floating):
+        return float(value)
+    if isinstance(value, np.complexfloating):
+        return complex(value)
+    for base in (float, complex, str, bytes, list, tuple, int):
+        if isinstance(value, base) and type(value) is not base:
+            # Without asking the derived class, whose methods may do anything.
+            return base.__add__(value, base())  # type: ignore[operator]
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is an array that is its bytes, and whose type's name says how to read them."""
+    if type(value) is not np.ndarray:
+        return False
+    dtype = value.dtype
+    return dtype.kind in "biufcSUmM" and np.dtype(dtype.str) == dtype and dtype.itemsize > 0
 
 
 def _nbytes(value: Any, depth: int) -> int:

@@ -131,26 +131,33 @@ class QueueState:
         """Take records in order for as long as there is room; the answer is how many were taken.
 
         A record whose key was accepted before counts as taken, and changes nothing.
+
+        Raises
+        ------
+        ValueError
+            If the producer has not opened the queue, or a record can be kept nowhere: see `plain`.
         """
         self.streams.hear(producer, self._clock())
         for taken, record in enumerate(records):
-            if record.id in self.keys:
+            entry = entry_of(record)
+            if entry.id in self.keys:
                 self.duplicates += 1
                 continue
             self.streams.check_open(producer, self._clock())
-            if not self._accept(entry_of(record)):
+            if not self._accept(entry):
                 return taken
         return len(records)
 
     def put_foreign(self, payload: Any) -> bool:
         """Take an item from a program that knows only ``put``; ``None`` ends its stream."""
+        payload = sanitized(payload)
         if payload is None or (isinstance(payload, str) and payload == END_MARKER):
             self.streams.close_foreign()
             return True
         self.streams.open_foreign()
         foreign = self.streams.foreign
         identity = named(payload) if self.kind == "events" else None
-        item = ForeignItem(sanitized(payload), foreign.name_for(identity), foreign.items)
+        item = ForeignItem(payload, foreign.name_for(identity), foreign.items)
         if not self._accept(entry_of(item)):
             return False
         self.streams.accept_foreign(identity, self.keys)

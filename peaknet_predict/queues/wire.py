@@ -8,12 +8,13 @@ of its pipelines take lists of tuples ``(image, peaks, photon_energy)`` from an 
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 import numpy as np
 
 from peaknet_predict.pixels import unpack_mask
-from peaknet_predict.types import Event, EventId, Refusal, Result
+from peaknet_predict.types import Event, EventId, Refusal, Result, identity_problem
 
 
 def event_to_item(event: Event) -> list[Any]:
@@ -48,7 +49,9 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
     name = named(item)
     if name is None:
         return Refusal(
-            unnamed, f"rank and idx must be integers, got {_describe(rank)} and {_describe(idx)}"
+            unnamed,
+            "rank and idx must be integers of at most 64 bits, "
+            f"got {_describe(rank)} and {_describe(idx)}",
         )
     identity = EventId(stream, *name)
     if not isinstance(image, np.ndarray):
@@ -57,11 +60,11 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
 
 
 def named(item: Any) -> tuple[int, int] | None:
-    """Return the rank and idx that a producer's item states; None if it states none."""
+    """Return the rank and idx that a producer's item states; None if it states none that fit."""
     if not isinstance(item, list | tuple) or len(item) != 4:
         return None
     rank, idx = item[0], item[1]
-    if not _is_integer(rank) or not _is_integer(idx):
+    if identity_problem(EventId("", rank, idx)) is not None:
         return None
     return int(rank), int(idx)
 
@@ -99,20 +102,18 @@ def _decode_result(part: Any, identity: EventId) -> Result | Refusal:
         return Refusal(identity, f"image is {_describe(image)}, not an ndarray (panels, H, W)")
     try:
         table = np.asarray(peaks, dtype=np.float64).reshape(-1, 3)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return Refusal(identity, f"peaks are not [panel, y, x] triples: {_describe(peaks)}")
     return Result(identity, image, table, _as_float(photon_energy))
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _as_float(value: Any) -> float:
-    """Return a float; NaN, which `check_event` refuses by name, for what is no number."""
+    """Return a float; infinity or NaN, which no event is accepted with, for what is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        return math.inf
+    except Exception:  # whatever the conversion of a foreign class raises
         return math.nan
 
 
@@ -121,4 +122,41 @@ def _describe(value: Any) -> str:
         return f"an ndarray of shape {value.shape}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"{type(value).__name__} {value!r}"[:80]
+    return described(value, 80)
+
+
+class _Short(reprlib.Repr):
+    """Texts of objects, made without ever making the text of a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
+        self.maxstring = self.maxlong = self.maxother = 1000
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write a number of more than 4300 digits in decimal.
+        return repr(x) if x.bit_length() < 4096 else f"(an integer of {x.bit_length()} bits)"
+
+    def repr_instance(self, x: object, level: int) -> str:
+        try:
+            return repr(x)[: self.maxother]
+        except Exception as error:
+            return f"(its repr fails: {type(error).__name__})"
+
+
+def described(value: Any, length: int) -> str:
+    """Return the type of any object and the beginning of its text, on one line; never raises."""
+    try:
+        text = _Short().repr(value)
+    except Exception as error:
+        text = f"(its repr fails: {type(error).__name__})"
+    return printable(f"{type(value).__name__} {text}"[:length])[:length]
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with all escaped that a terminal or a file may not bear.
+
+    That is line breaks and other control characters, NUL, and halves of surrogate pairs.
+    """
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
