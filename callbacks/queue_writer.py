@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from peaknet_predict.callbacks.outbox import Outbox
 from peaknet_predict.callbacks.roster import Roster
 from peaknet_predict.data import QueueDataModule, QueueDataset
-from peaknet_predict.pending import PendingPeaks
+from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.process.balance import (
     BalanceError,
     SurvivedError,

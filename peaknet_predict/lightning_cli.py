@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning as L
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
@@ -65,6 +66,10 @@ class PredictCLI(LightningCLI):
         """
         hidden = {"model", "dataloaders", "datamodule", "return_predictions"}
         return {"predict": hidden | {"ckpt_path", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Predict with a `PeakNetModule`, unless a configuration names another class."""
+        _default_model(parser, "peaknet_predict.module.PeakNetModule")
 
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept.
@@ -132,6 +137,26 @@ class FitCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
         }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Train a `PeakNetTraining`, unless a configuration names another class."""
+        _default_model(parser, _TRAINING)
+
+    def before_fit(self) -> None:
+        """Refuse a model that can only predict."""
+        if not is_overridden("training_step", self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be trained: set model.class_path to "
+                f"{_TRAINING}, or leave it out (fit takes that class by itself)"
+            )
+
+
+_TRAINING = "peaknet_predict.training.module.PeakNetTraining"
+
+
+def _default_model(parser: LightningArgumentParser, class_path: str) -> None:
+    """Let a network's configuration serve ``predict`` and ``fit`` alike: it names no class."""
+    parser.set_defaults({"model": {"class_path": class_path}})
 
 
 class _Started(L.Callback):

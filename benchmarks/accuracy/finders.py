@@ -1,7 +1,7 @@
 """Peak finders as users configure them, run over images that lie in memory.
 
 A finder is a model configuration, made and run by Lightning as `peaknet-predict predict` does it:
-the same preprocessing, network, fast form, precision and peak finding, and the same refusals.
+the same preprocessing, network, fast PeakNet, precision and peak finding, and the same refusals.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.models import LocalSnr
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims
 from peaknet_predict.types import Event, EventBatch, EventId, Image, Peaks
 

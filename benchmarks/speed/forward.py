@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from peaknet_predict.models import PeakNet
-from peaknet_predict.models.fast import FastForm, FastPeakNet
+from peaknet_predict.models.fast import FastPeakNet, support
 from peaknet_predict.peaks import PeakTable, find_peaks
 
 Network = Callable[[Tensor], Tensor]
@@ -291,15 +291,13 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def made(net: PeakNet, device: torch.device) -> FastPeakNet:
-    """Return the fast form, as the module makes it."""
-    form = FastForm(net)
-    form.prepare(device, "bf16-true")
-    form.start(device, "bf16-true")
-    if form.network is None:
-        if device.type == "cuda":
-            raise SystemExit("the fast PeakNet does not run here; the log says why")
-        return FastPeakNet(net).eval()  # to try the program out
-    return form.network
+    """Return the fast PeakNet, as the module makes it."""
+    reason = support.obstacle(net, device, "bf16-true")
+    if device.type == "cuda":
+        if reason is not None:
+            raise SystemExit(f"the fast PeakNet does not run here: {reason}")
+        support.load_kernels()
+    return FastPeakNet(net).to(device).eval()  # on a CPU, to try the program out
 
 
 # --- starting ---

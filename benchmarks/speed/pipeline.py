@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.speed.planted import PlantedModule, noise_logits, planted_logits
+from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.models import PeakNet
-from peaknet_predict.module import PeakNetModule, PendingPeaks
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import Crop, InstanceNorm, MergeBatchChannelDims
 from peaknet_predict.types import Event, EventBatch, EventId
 
@@ -185,15 +186,15 @@ def main() -> None:
     logits = planted_logits(EVENTS * PANELS, SIDE, SIDE, 50, seed=0)
     module = make_module(logits, fast=not arguments.plain)
     end_to_end(module, 1, 5)  # compiles
-    form = module._fast.network
-    if not arguments.plain and form is None:
-        raise SystemExit("the fast PeakNet does not run here; the log says why")
-    net: nn.Module = module.net if form is None else form
+    fast = module._forward_pass.fast_net
+    if not arguments.plain and fast is None:
+        raise SystemExit(f"the network runs slowly here: {module._forward_pass.why()}")
+    net: nn.Module = module.net if fast is None else fast
     with torch.inference_mode():
         resident = torch.randn(EVENTS * PANELS, 1, SIDE, SIDE, device="cuda").bfloat16()
         module.to("cuda")
-        coarse = module._network
-        full = net.forward if form is not None else torch.compile(net.forward, dynamic=False)
+        coarse = module._forward_pass.network
+        full = net.forward if fast is not None else torch.compile(net.forward, dynamic=False)
         forward_s = timed(lambda: coarse(resident), windows, batches)
         rows.append(("network alone, resident input", forward_s, ""))
         full_s = timed(lambda: full(resident), windows, batches)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peaknet_predict.forward import NetworkOutput
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.preprocess import Prepared
 
 STRIDE = 4  # PeakNet's logits are made at a quarter of the resolution
 
@@ -64,9 +64,9 @@ class PlantedModule(PeakNetModule):
         # Not buffers: bf16-true would round them.
         self._planted = {STRIDE: planted, 1: full}
 
-    def _logits(self, images_BPHW: Tensor) -> tuple[Tensor, Prepared]:
-        logits, prepared = super()._logits(images_BPHW)
-        return self.planted_over(logits), prepared
+    def _logits(self, images_BPHW: Tensor) -> NetworkOutput:
+        output = super()._logits(images_BPHW)
+        return output._replace(logits_NCHW=self.planted_over(output.logits_NCHW))
 
     def planted_over(self, logits: Tensor) -> Tensor:
         """Write the planted logits over a network's, of either resolution."""

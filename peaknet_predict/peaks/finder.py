@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from peaknet_predict.peaks.finder_input import FinderInput
 from peaknet_predict.peaks.labeller import GEOMETRY, WITH_INTENSITY, Labeller
-from peaknet_predict.peaks.request import Request
 from peaknet_predict.peaks.table import PeakTable
 
 log = logging.getLogger(__name__)
@@ -168,14 +168,14 @@ class PeakFinder:
                 "the table of the batch before is not fetched yet: call its table(), or use one "
                 "PeakFinder for each batch under way"
             )
-        request = Request(logits, class_map, upsampling, valid, pixels)
-        request.check(self.max_panels, self.height, self.width, self.device)
-        num_panels = request.source.shape[0]
+        given = FinderInput(logits, class_map, upsampling, valid, pixels)
+        given.check(self.max_panels, self.height, self.width, self.device)
+        num_panels = given.source.shape[0]
         stream = torch.cuda.current_stream(self.device)
         # Whatever stream the batch before was on, its copy was the last to use this memory.
         stream.wait_event(self._copied)
         if num_panels:
-            self._labeller.pack(request, stream)
+            self._labeller.pack(given, stream)
             self._labeller.label(
                 stream,
                 num_panels,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from peaknet_predict.peaks.request import Request
+from peaknet_predict.peaks.finder_input import FinderInput
+from peaknet_predict.peaks.kernels import variants
 
 MAX_SIDE = 65535
 """Most rows and columns of a panel: 32 bits number its pixels."""
@@ -39,10 +41,10 @@ class Labeller:
         self, max_panels: int, height: int, width: int, device: torch.device, max_pieces: int | None
     ) -> None:
         # Imported here: CuPy may not be installed where peaks are found on the CPU.
-        from peaknet_predict.peaks.kernels import launch as _kernels
+        from peaknet_predict import cuda
 
-        self._cuda = _kernels
-        self._kernels = _kernels.load(device.index)
+        self._cuda = cuda
+        self._kernels = variants.load(device.index)
         self.height, self.width = height, width
         self._row_words = -(-width // 32)
         if max(height, width) > MAX_SIDE:
@@ -70,27 +72,27 @@ class Labeller:
         cells = self._strips * self._row_words
         self._scratch = memory(max_panels, 3 * cells + 2 + cells % 2)  # for each slot
 
-    def pack(self, request: Request, stream: torch.cuda.Stream) -> None:
+    def pack(self, given: FinderInput, stream: torch.cuda.Stream) -> None:
         """Enqueue what makes the mask."""
-        cuda, source, valid = self._cuda, request.source, request.valid
+        cuda, source, valid = self._cuda, given.source, given.valid
         row_bytes = 4 * self._row_words
         num_panels = source.shape[0]
-        arguments = [cuda.pointer(source), *map(cuda.i64, source.stride())]
+        arguments = [cuda.pointer(source), *map(np.int64, source.stride())]
         rows = num_panels * self.height
-        if request.class_map is not None:
-            name = f"classes_{source.element_size()}_{cuda.layout_of(source)}"
-        elif request.upsampling == 4:
-            name = f"upsampled_{cuda.FLOATS[source.dtype]}"
+        if given.class_map is not None:
+            name = f"classes_{source.element_size()}_{variants.layout_of(source)}"
+        elif given.upsampling == 4:
+            name = f"upsampled_{variants.FLOATS[source.dtype]}"
             rows //= 4  # a thread makes four rows
         else:
-            name = f"logits_{cuda.FLOATS[source.dtype]}_{cuda.layout_of(source)}"
-            arguments.append(cuda.i32(source.shape[1]))
-        arguments += map(cuda.u32, (num_panels, self.height, self.width, row_bytes))
+            name = f"logits_{variants.FLOATS[source.dtype]}_{variants.layout_of(source)}"
+            arguments.append(np.int32(source.shape[1]))
+        arguments += map(np.uint32, (num_panels, self.height, self.width, row_bytes))
         strides = (0, 0, 0) if valid is None else valid.stride()
-        arguments += [cuda.pointer(valid), *map(cuda.i64, strides), cuda.pointer(self.mask_N)]
+        arguments += [cuda.pointer(valid), *map(np.int64, strides), cuda.pointer(self.mask_N)]
         blocks = -(-rows * row_bytes // THREADS_TO_PACK)
         kernel = self._kernels.by_name[f"peaknet_pack_{name}"]
-        cuda.launch(kernel, blocks, THREADS_TO_PACK, arguments, stream)
+        cuda.launch(kernel, (blocks,), THREADS_TO_PACK, arguments, stream)
 
     def label(
         self,
@@ -128,22 +130,22 @@ class Labeller:
         cuda = self._cuda
 
         def arguments(max_pieces: int) -> list[Any]:
-            pixel_dtype = 0 if pixels_NHW is None else cuda.PIXEL_DTYPES[pixels_NHW.dtype]
+            pixel_dtype = 0 if pixels_NHW is None else variants.PIXEL_DTYPES[pixels_NHW.dtype]
             strides = (0, 0, 0) if pixels_NHW is None else pixels_NHW.stride()
             return [
                 cuda.pointer(self.mask_N),
-                *map(cuda.u32, (self._strips, self._row_words)),
+                *map(np.uint32, (self._strips, self._row_words)),
                 cuda.pointer(panel_of_slot),
-                *map(cuda.u32, (max_peaks, max_pieces)),
-                *map(cuda.pointer, (counts, table, largest, self._too_large_N, self._scratch)),
+                *map(np.uint32, (max_peaks, max_pieces)),
+                *cuda.pointers(counts, table, largest, self._too_large_N, self._scratch),
                 cuda.pointer(pixels_NHW),
-                cuda.i32(pixel_dtype),
-                *map(cuda.i64, strides),
+                np.int32(pixel_dtype),
+                *map(np.int64, strides),
             ]
 
         cuda.launch(
             self._kernels.by_name["peaknet_label"],
-            num_slots,
+            (num_slots,),
             THREADS_TO_LABEL,
             arguments(self._max_pieces),
             stream,
@@ -152,8 +154,8 @@ class Labeller:
         if self._rooms:
             cuda.launch(
                 self._kernels.by_name["peaknet_label_large"],
-                min(num_slots, self._rooms),
+                (min(num_slots, self._rooms),),
                 THREADS_TO_LABEL,
-                [*arguments(self._most_pieces), cuda.u32(num_slots), cuda.pointer(self._room)],
+                [*arguments(self._most_pieces), np.uint32(num_slots), cuda.pointer(self._room)],
                 stream,
             )

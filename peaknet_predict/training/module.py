@@ -1,4 +1,4 @@
-"""The half of `PeakNetModule` that trains: steps, figures, and what a checkpoint keeps.
+"""`PeakNetModule` with what training needs: steps, figures, and what a checkpoint keeps.
 
 Shape legend: B events, P panels of an event, N = B*P, C classes, H rows, W columns.
 """
@@ -9,12 +9,12 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from peaknet_predict.models.peaknet import PeakNet
-from peaknet_predict.preprocess import Prepared, Preprocess
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.preprocess import Prepared, Transform
 from peaknet_predict.simulation.labels import IGNORED
 from peaknet_predict.training.loss import focal_loss, peak_log_odds
 from peaknet_predict.training.metrics import OPERATING_POINT, Figures, Scores, operating_point
@@ -32,20 +32,36 @@ _RARE = 0.01
 learn that peaks are rare (arXiv:1708.02002, section 3.3)."""
 
 
-class TrainingSteps(L.LightningModule):
-    """What `Trainer.fit` calls; `PeakNetModule`, whose parameters these are, has the rest."""
+class PeakNetTraining(PeakNetModule):
+    """A `PeakNetModule` that `Trainer.fit` can train; what it has learned, it predicts.
+
+    Parameters
+    ----------
+    net, preprocess, **kwargs
+        As for `PeakNetModule`.
+    learning_rate
+        AdamW's full rate. From there it falls to a hundredth by the end of the run.
+    weight_decay
+        Decay of convolution and linear kernels.
+    warmup_steps
+        Steps until the rate is full.
+
+    Attributes
+    ----------
+    operating_point
+        What the last validation found to be the best threshold, and what it achieves; None before.
+    """
 
     def __init__(
         self,
         net: nn.Module,
-        preprocess: Preprocess,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
+        preprocess: list[Transform],
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 200,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.net = net
-        self.preprocess = preprocess
+        super().__init__(net, preprocess, **kwargs)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -54,6 +70,7 @@ class TrainingSteps(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the precision, lay the weights out, and give a fresh network its first guess."""
+        super().setup(stage)
         if stage != "fit":
             return
         if str(self.trainer.precision) not in _PRECISIONS:
@@ -66,6 +83,10 @@ class TrainingSteps(L.LightningModule):
         if self.trainer.strategy.root_device.type == "cuda":
             # Norms and linear layers want channels last; before DDP plans its buckets.
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def on_fit_start(self) -> None:
+        """Choose how the network is run: as it is, at full resolution."""
+        self._forward_pass.start_training()
 
     def configure_optimizers(self) -> Any:
         """Return AdamW, whose rate follows the run's progress in steps or time."""
@@ -135,11 +156,7 @@ class TrainingSteps(L.LightningModule):
 
     def _labelled_logits(self, shots: LabelledShots) -> tuple[Tensor, Tensor, Prepared]:
         """Return logits (N, C, H, W), labels (N, H, W) of the prepared panels, and the latter."""
-        logits_NCHW, prepared = self._logits(shots.images_BPHW)
+        logits_NCHW, _, prepared = self._forward_pass(shots.images_BPHW)
         labels_N1HW = self.preprocess.move(shots.labels_BPHW, fill=IGNORED)
         labels_N1HW = torch.where(prepared.valid_N1HW, labels_N1HW, IGNORED)
         return logits_NCHW, labels_N1HW[:, 0], prepared
-
-    def _logits(self, images_BPHW: Tensor) -> tuple[Tensor, Prepared]:
-        """Return the network's logits (N, C, H, W), and what it was given."""
-        raise NotImplementedError

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peaknet_predict.models import PeakNet
-from peaknet_predict.models.fast import FastPeakNet, form, ops
+from peaknet_predict.models.fast import FastPeakNet, ops, support
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Pad
 from tests.helpers.networks import ATTO, THREE_STAGES, TINY, perturbed
@@ -41,7 +41,7 @@ PANELS = [1, 3]
 def _kernels_and_full_float32() -> Iterator[None]:
     pytest.importorskip("cupy")
     pytest.importorskip("triton")
-    form._load_kernels()
+    support.load_kernels()
     torch.manual_seed(0)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -335,12 +335,12 @@ def test_with_float32_the_plain_network_runs_and_the_log_says_why(said: Any) -> 
 def test_kernels_that_do_not_compile_leave_it_to_the_plain_network(
     said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peaknet_predict.models.fast import cuda_ops
+    from peaknet_predict.models.fast import cuda_backbone
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture")
 
-    monkeypatch.setattr(cuda_ops, "_depthwise_kernels", broken)
+    monkeypatch.setattr(cuda_backbone, "_depthwise_kernels", broken)
     batches = noisy_batches([2, 2], 2, (3, 185, 250))
     settings: dict[str, Any] = {"accelerator": "gpu", "precision": "bf16-true"}
     found = predict(make(), batches, **settings)

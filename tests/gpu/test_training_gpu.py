@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from peaknet_predict.models import PeakNet
-from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import LocalNorm, MergeBatchChannelDims, PadToMultiple, Preprocess
 from peaknet_predict.simulation.shots import LabelledShots
 from peaknet_predict.training.loss import focal_loss
 from peaknet_predict.training.metrics import Scores
+from peaknet_predict.training.module import PeakNetTraining
 from peaknet_predict.training.simulated_shots import SimulatedShots
 
 pytestmark = [
@@ -82,7 +82,7 @@ def test_local_norm_does_not_wait_for_the_gpu(compile: bool, shape: tuple[int, .
 
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     net = PeakNet((8, 16), (1, 1), 8, head_channels=8, head_groups=2, learned_upsample=True)
-    module = PeakNetModule(net, [LocalNorm(), PadToMultiple(32), MergeBatchChannelDims()]).cuda()
+    module = PeakNetTraining(net, [LocalNorm(), PadToMultiple(32), MergeBatchChannelDims()]).cuda()
     module.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.on_fit_start()
     pixels = images(2, 2, 64, 64).cuda()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.pending import PendingPeaks
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Transform
 from peaknet_predict.types import Event, EventBatch, EventId, PeakBatch, Refusal
 

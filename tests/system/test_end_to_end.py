@@ -213,12 +213,7 @@ def test_a_consumer_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> N
         file["data"] = np.zeros((3, 2, 64, 64), np.float32)
     config["data"]["init_args"]["source"] = {
         "class_path": "peaknet_predict.sources.Hdf5Source",
-        "init_args": {
-            "path": str(frames),
-            "data": "data",
-            "axes": ["events", "panels", "slow", "fast"],
-            "photon_energy_ev": 9500.0,
-        },
+        "init_args": {"path": str(frames), "data": "data", "photon_energy_ev": 9500.0},
     }
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:3]
     path = tmp_path / "run.yaml"

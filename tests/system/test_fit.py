@@ -23,6 +23,7 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import LocalNorm, MergeBatchChannelDims, PadToMultiple
 from peaknet_predict.simulation.labels import IGNORED
 from peaknet_predict.training.cxi_shots import CxiShots
+from peaknet_predict.training.module import PeakNetTraining
 from peaknet_predict.training.simulated_shots import SimulatedShots
 from peaknet_predict.types import Event, EventBatch, EventId, Result
 from tests.helpers.paths import CONFIGS
@@ -423,7 +424,7 @@ def test_files_that_cannot_teach_name_the_reason(tmp_path: Path) -> None:
 
 def test_a_fresh_network_expects_few_peaks() -> None:
     torch.manual_seed(0)
-    module = PeakNetModule(PeakNet(**NET), [LocalNorm(), MergeBatchChannelDims()])
+    module = PeakNetTraining(PeakNet(**NET), [LocalNorm(), MergeBatchChannelDims()])
     module.trainer = FakeTrainer()  # type: ignore[assignment]
     images = torch.randn(2, 1, 64, 64)
     before = module.net(images).detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,35 @@ def test_fine_tuning_parses() -> None:
         CONFIGS / "models" / "peaknet_small.yaml", CONFIGS / "finetune.yaml", command="fit"
     )
     assert parsed["model"]["init_args"]["learning_rate"] == 3e-4  # type: ignore[index]
+
+
+@pytest.mark.parametrize("models_first", [True, False])
+def test_a_networks_configuration_serves_predict_and_fit_in_any_order(models_first: bool) -> None:
+    for command, other, kind in (
+        ("predict", "predict.yaml", "peaknet_predict.module.PeakNetModule"),
+        ("fit", "train.yaml", "peaknet_predict.training.module.PeakNetTraining"),
+        ("fit", "finetune.yaml", "peaknet_predict.training.module.PeakNetTraining"),
+    ):
+        configs = [CONFIGS / "models" / "peaknet_small.yaml", CONFIGS / other]
+        parsed: Any = printed(*configs[:: 1 if models_first else -1], command=command)["model"]
+        assert parsed["class_path"] == kind
+        assert parsed["init_args"]["net"]["init_args"]["weights"] == "peaknet_small"
+        assert ("learning_rate" in parsed["init_args"]) == (command == "fit")
+
+
+def test_a_model_that_only_predicts_is_not_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {class_path: peaknet_predict.module.PeakNetModule}")
+    configs = [str(CONFIGS / "models" / "snr.yaml"), str(CONFIGS / "train.yaml"), str(own)]
+    cpu = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    assert main(["fit", *(word for path in configs for word in ("-c", path)), *cpu]) == 1
+    assert "PeakNetModule cannot be trained: set model.class_path to" in caplog.text
+    assert "peaknet_predict.training.module.PeakNetTraining" in caplog.text
+    assert doctor(configs=configs) == 1
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda path: path.stem)

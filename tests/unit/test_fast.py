@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from peaknet_predict.forward import ForwardPass
 from peaknet_predict.models import PeakNet
-from peaknet_predict.models.fast import FastForm, FastPeakNet, form, ops, unsupported
+from peaknet_predict.models.fast import FastPeakNet, ops, support, unsupported
 from peaknet_predict.module import PeakNetModule
+from peaknet_predict.preprocess import Preprocess
 from peaknet_predict.types import EventBatch
 from tests.helpers.networks import (
     ATTO,
@@ -141,16 +143,16 @@ def test_networks_of_all_kinds(
     ],
     ids=["learned-upsample", "classes", "hidden-sizes", "head"],
 )
-def test_networks_without_a_fast_form_are_refused_with_the_reason(
+def test_networks_that_cannot_be_rewritten_are_refused_with_the_reason(
     sizes: dict[str, Any], reason: str
 ) -> None:
     net = PeakNet(**TINY | sizes)
     assert reason in (unsupported(net) or "")
-    with pytest.raises(ValueError, match="no fast form: it"):
+    with pytest.raises(ValueError, match="cannot be rewritten: it"):
         FastPeakNet(net)
 
 
-def test_published_sizes_have_a_fast_form() -> None:
+def test_published_sizes_can_be_rewritten() -> None:
     with torch.device("meta"):
         for sizes in ({}, ATTO, TINY, THREE_STAGES, TWO_STAGES):
             assert unsupported(PeakNet(**sizes)) is None
@@ -416,9 +418,9 @@ def test_operators_tell_a_compiler_the_truth(index: int, dtype: torch.dtype) -> 
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the fast form run on a CPU, where its operators are the plain ones."""
-    monkeypatch.setattr(form, "_unfit", lambda device: None)
-    monkeypatch.setattr(form, "_load_kernels", lambda: None)
+    """Let the fast PeakNet run on a CPU, where its operators are the plain ones."""
+    monkeypatch.setattr(support, "_unfit", lambda device: None)
+    monkeypatch.setattr(support, "load_kernels", lambda: None)
 
 
 @pytest.fixture
@@ -468,7 +470,11 @@ def test_the_log_says_why_the_plain_network_runs(
     (line,) = (r.getMessage() for r in said.records if "PeakNet runs" in r.getMessage())
     assert line.startswith("the plain PeakNet runs: ")
     assert reason in line
-    assert module._fast.network is None
+    assert module._forward_pass.mode == "eager"
+    assert module._forward_pass.why() == (
+        f"not fast: {line.removeprefix('the plain PeakNet runs: ')}; "
+        "not compiled: it is switched off (compile: false)"
+    )
 
 
 def test_a_cpu_runs_the_plain_network_and_says_so(said: Any) -> None:
@@ -483,7 +489,7 @@ def test_other_networks_are_not_spoken_of(said: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.usefixtures("on_cpu")
-def test_the_module_runs_the_fast_form_of_the_float32_parameters(
+def test_the_module_rewrites_the_float32_parameters(
     precision: Any, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = perturbed(**TINY)
@@ -514,13 +520,13 @@ def test_the_module_runs_the_fast_form_of_the_float32_parameters(
 def test_it_is_made_again_only_when_the_parameters_have_changed() -> None:
     module = make()
     peaks(module)
-    first = module._fast.network
+    first = module._forward_pass.fast_net
     assert first is not None
     peaks(module)
-    assert module._fast.network is first
+    assert module._forward_pass.fast_net is first
     module.net.load_state_dict(perturbed(1, **TINY).state_dict())
     peaks(module)
-    second = module._fast.network
+    second = module._forward_pass.fast_net
     assert second is not None
     assert second is not first
     assert not torch.equal(second.stem.weight, first.stem.weight)
@@ -529,16 +535,16 @@ def test_it_is_made_again_only_when_the_parameters_have_changed() -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_parameters_that_change_after_setup_count() -> None:
     net = perturbed(**TINY)
-    fast = FastForm(net)
+    forward = ForwardPass(net, Preprocess(chain()))
     device = torch.device("cpu")
-    fast.prepare(device, "bf16-true")
+    forward.prepare(device, "bf16-true")
     other = perturbed(1, **TINY)
     net.load_state_dict(other.state_dict())
     net.bfloat16()
-    fast.start(device, "bf16-true")
-    assert fast.network is not None
+    forward.start(device, "bf16-true")
+    assert forward.fast_net is not None
     rounded = other.bfloat16().float()
-    assert torch.equal(fast.network.stem.weight, FastPeakNet(rounded).stem.weight)
+    assert torch.equal(forward.fast_net.stem.weight, FastPeakNet(rounded).stem.weight)
     assert next(net.parameters()).dtype == torch.bfloat16
 
 
@@ -550,7 +556,7 @@ def test_compiled_in_the_module_it_finds_the_same_peaks() -> None:
     torch._dynamo.utils.counters.clear()
     module = make(net, compile=True)
     compiled = peaks(module)
-    assert module._fast.network is not None
+    assert module._forward_pass.fast_net is not None
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 1, "preprocessing; the fast network is left as it is"
     # Compiled preprocessing rounds otherwise: a few pixels of large peaks change sides.
@@ -570,7 +576,7 @@ def test_if_it_does_not_compile_it_runs_eagerly(said: Any, monkeypatch: pytest.M
     module = make(net, compile=True, warmup_shapes=[(1, 2, 64, 64)])
     assert peaks(module) == expected
     assert "does not compile and runs eagerly" in said.text
-    assert module._fast.network is not None
+    assert module._forward_pass.mode == "fast", "it was the preprocessing"
 
 
 @pytest.mark.parametrize(("compile", "warm"), [(False, False), (True, True)])
@@ -595,6 +601,8 @@ def test_kernels_that_fail_leave_it_to_the_plain_network(
     (record,) = (r for r in said.records if r.levelno == logging.WARNING and "fast" in r.msg)
     assert "RuntimeError: expand.cu(12): error: expected a ';'; to do without" in record.message
     assert "fast: false" in record.message
+    assert module._forward_pass.mode == ("compiled" if compile else "eager")
+    assert "not fast: the fast one failed before (RuntimeError" in module._forward_pass.why()
     said.clear()
     assert peaks(module) == expected
     assert "the plain PeakNet runs: the fast one failed before (RuntimeError" in said.text
@@ -610,13 +618,13 @@ def test_missing_packages_are_named_with_the_remedy(
     def load() -> None:
         raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
 
-    monkeypatch.setattr(form, "_unfit", lambda device: None)
-    monkeypatch.setattr(form, "_load_kernels", load)
+    monkeypatch.setattr(support, "_unfit", lambda device: None)
+    monkeypatch.setattr(support, "load_kernels", load)
     net = perturbed(**TINY)
     module = make(net)
     assert peaks(module) == peaks(make(net, fast=False))
     assert f"ModuleNotFoundError: No module named '{missing}'; {remedy}" in said.text
-    assert module._fast.network is None
+    assert module._forward_pass.fast_net is None
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -153,3 +153,5 @@ def test_a_network_that_does_not_compile_runs_eagerly_with_a_warning(
     (only,) = predict(module, [batch([shot(0, [(0, 5, 5)])], 1)])
     assert only.results[0].peaks.tolist() == [[0.0, 5.0, 5.0]]
     assert "does not compile and runs eagerly" in caplog.text
+    assert module._forward_pass.mode == "eager"
+    assert "not compiled: BackendCompilerFailed" in module._forward_pass.why()

@@ -147,9 +147,9 @@ def test_rejects_what_is_no_class_map() -> None:
 
 def test_missing_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "peaknet_predict.peaks.kernels.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "peaknet_predict.cuda", raising=False)
     with pytest.raises(ImportError, match=r"cuda12.*cuda13"):
-        import peaknet_predict.peaks.kernels.launch  # noqa: F401
+        import peaknet_predict.cuda  # noqa: F401
 
 
 @settings(max_examples=60, deadline=None)

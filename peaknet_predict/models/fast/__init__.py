@@ -1,6 +1,5 @@
-"""PeakNet's forward pass close to the limit of the GPU; see docs/fast.md."""
+"""The fast PeakNet: same weights, same peaks, few passes over a GPU's memory (docs/fast.md)."""
 
-from peaknet_predict.models.fast.form import FastForm
 from peaknet_predict.models.fast.network import FastPeakNet, unsupported
 
-__all__ = ["FastForm", "FastPeakNet", "unsupported"]
+__all__ = ["FastPeakNet", "unsupported"]

@@ -1,4 +1,4 @@
-"""What `PeakFinder.enqueue` is asked for, and whether it can be done."""
+"""The tensors that `PeakFinder.enqueue` is given, and whether it can take them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peaknet_predict.peaks.kernels.variants import FLOATS, PIXEL_DTYPES
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
+class FinderInput:
     """The arguments of `PeakFinder.enqueue`, which describes them."""
 
     logits: Tensor | None
@@ -28,8 +30,6 @@ class Request:
 
     def check(self, max_panels: int, height: int, width: int, device: torch.device) -> None:
         """Raise TypeError or ValueError if the finder cannot take these tensors."""
-        from peaknet_predict.peaks.kernels.launch import FLOATS, PIXEL_DTYPES
-
         num_panels = self.source.shape[0] if self.source.ndim else 0
         if num_panels > max_panels:
             raise ValueError(f"{num_panels} panels; this finder was made for up to {max_panels}")

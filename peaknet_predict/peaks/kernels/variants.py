@@ -1,7 +1,6 @@
-"""The CUDA kernels of `PeakFinder`: compiled for a device once in a process, and launched.
+"""The CUDA kernels of `PeakFinder`: which variants there are, and all of them for a device.
 
 `pack.cu` makes bit masks of what a network gives, `label.cu` finds the components of bit masks.
-This module is the only one that imports CuPy.
 """
 
 from __future__ import annotations
@@ -13,18 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-try:
-    import cupy
-except ImportError as error:
-    raise ImportError(
-        "finding peaks on a GPU needs CuPy: install the extra for the CUDA version of your torch "
-        "(see torch.version.cuda), pip install 'peaknet-predict[cuda12]' or "
-        "pip install 'peaknet-predict[cuda13]'"
-    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +23,8 @@ FLOATS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 LOGIT_LAYOUTS = ("planar", "interleaved", "strided")
 CLASS_LAYOUTS = ("planar", "strided")
 CLASS_BYTES = (1, 2, 4, 8)
+
+_LABEL_NAMES = ("peaknet_label", "peaknet_label_large")
 
 PIXEL_DTYPES = {
     torch.uint8: 0,
@@ -58,28 +49,21 @@ class Kernels:
 
 @functools.cache
 def load(device_index: int) -> Kernels:
-    """Compile and load all kernels for a device.
+    """Compile and load all kernels for a device, see `peaknet_predict.cuda.compile_kernels`."""
+    from peaknet_predict import cuda  # where it is used: CuPy may not be installed
 
-    Everything that may wait for the device happens here, so that launches never do. CuPy keeps the
-    compiled code on disk: only the first process on a machine compiles.
-    """
     started = time.monotonic()
-    with cupy.cuda.Device(device_index) as device:
-        by_name = _compile(_read("pack.cu"), _names_of_pack())
-        label = _read("label.cu").replace('#include "intensity.cuh"', _read("intensity.cuh"))
-        by_name |= _compile(label, ["peaknet_label", "peaknet_label_large"])
-        static_bytes = max(
-            by_name[name].shared_size_bytes for name in ("peaknet_label", "peaknet_label_large")
-        )
-        shared_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"] - static_bytes
-        for name in ("peaknet_label", "peaknet_label_large"):
-            by_name[name].max_dynamic_shared_size_bytes = shared_bytes
+    folder = Path(__file__).parent
+    pack = cuda.read_source(folder / "pack.cu")
+    by_name = cuda.compile_kernels(pack, _names_of_pack(), device_index)
+    label = cuda.read_source(folder / "label.cu")
+    by_name |= cuda.compile_kernels(label, _LABEL_NAMES, device_index)
+    labelling = [by_name[name] for name in _LABEL_NAMES]
+    shared_bytes = cuda.room_for_dynamic_memory(labelling, device_index)
+    for kernel in labelling:
+        cuda.allow_dynamic_memory(kernel, shared_bytes, device_index)
     log.info("loading the kernels of the peak finder took %.1f s", time.monotonic() - started)
     return Kernels(by_name, shared_bytes)
-
-
-def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _names_of_pack() -> list[str]:
@@ -87,41 +71,6 @@ def _names_of_pack() -> list[str]:
     names += [f"peaknet_pack_logits_{d}_{lay}" for d in FLOATS.values() for lay in LOGIT_LAYOUTS]
     names += [f"peaknet_pack_classes_{size}_{lay}" for size in CLASS_BYTES for lay in CLASS_LAYOUTS]
     return names
-
-
-def _compile(code: str, names: list[str]) -> dict[str, Any]:
-    module = cupy.RawModule(code=code, options=("-std=c++17",))
-    kernels = {name: module.get_function(name) for name in names}
-    for kernel in kernels.values():
-        _ = kernel.num_regs  # loads the function now rather than at its first launch
-    return kernels
-
-
-def launch(
-    kernel: Any,
-    blocks: int,
-    threads: int,
-    arguments: list[Any],
-    stream: torch.cuda.Stream,
-    shared_bytes: int = 0,
-) -> None:
-    """Enqueue a kernel on a stream of torch's.
-
-    Arguments are as `pointer`, `u32`, `i32` and `i64` make them: CuPy passes a NumPy scalar by its
-    size, and a wrong size would shift all that follow.
-    """
-    with cupy.cuda.Device(stream.device_index), cupy.cuda.Stream.from_external(stream):
-        kernel((blocks,), (threads,), tuple(arguments), shared_mem=shared_bytes)
-
-
-def pointer(tensor: Tensor | None) -> np.uint64:
-    """Return the address of a tensor's first element, or null."""
-    return np.uint64(0 if tensor is None else tensor.data_ptr())
-
-
-u32 = np.uint32
-i32 = np.int32
-i64 = np.int64
 
 
 def layout_of(tensor: Tensor) -> str:
