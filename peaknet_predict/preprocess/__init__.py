@@ -1,10 +1,11 @@
 """From raw detector frames to the network's input, on the device, and the peaks' way back.
 
-A chain of small modules, each of which maps ``(images, valid)`` to ``(images, valid)``:
+First, `Validity` and `find_outliers` decide which pixels are measurements. Then comes a chain of
+small modules, each of which maps ``(images, valid)`` to ``(images, valid)``:
 
-- images are float32; a NaN or infinite pixel stays so up to a norm, which leaves it out of the
-  statistics and puts the background in its place;
-- ``valid`` is False for pixels that are no measurement: NaN, infinite or padding.
+- images are float32; a bad pixel is NaN up to a norm, which leaves it out of the statistics and
+  puts the background in its place;
+- ``valid`` is False for pixels that are no measurement: bad ones and padding.
 
 Nothing here waits for the device or depends on the data in its shapes, so the whole chain compiles
 with the network.
@@ -20,6 +21,8 @@ from peaknet_predict.preprocess.frames import (
     Patchify,
 )
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
+from peaknet_predict.preprocess.outliers import find_outliers
+from peaknet_predict.preprocess.validity import Validity, pack_masks
 
 __all__ = [
     "Crop",
@@ -33,4 +36,7 @@ __all__ = [
     "Preprocess",
     "Shape",
     "Transform",
+    "Validity",
+    "find_outliers",
+    "pack_masks",
 ]

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from peaknet_predict.preprocess.base import Shape, Transform
+from peaknet_predict.preprocess.base import Shape, Transform, event_shape
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
+from peaknet_predict.preprocess.outliers import find_outliers
+from peaknet_predict.preprocess.validity import Validity
 from peaknet_predict.types import Peaks
 
 
@@ -25,18 +27,23 @@ class Prepared(NamedTuple):
     images_N1HW
         (N, 1, H, W) float32, finite.
     valid_N1HW
-        (N, 1, H, W) bool; False where the pixel is padding, or was NaN or infinite.
-    bad_pixels_B
-        (B,) int64, NaN or infinite pixels in each event's original frame.
+        (N, 1, H, W) bool; False where the pixel is bad or padding.
+    bad_BPHW
+        (B, P, H, W) bool; True where a pixel of the original frame is bad.
+    bad_pixels_B, outliers_B
+        (B,) int64: how many bad pixels each event has, and how many of them only the rest of the
+        event gave away (`find_outliers`).
     """
 
     images_N1HW: Tensor
     valid_N1HW: Tensor
+    bad_BPHW: Tensor
     bad_pixels_B: Tensor
+    outliers_B: Tensor
 
 
 class Preprocess(nn.Module):
-    """The chain of transforms, from raw frames to the network's input.
+    """All steps from raw frames to the network's input: which pixels count, then the transforms.
 
     Parameters
     ----------
@@ -47,6 +54,8 @@ class Preprocess(nn.Module):
         always `MergeBatchChannelDims`; `Crop`, `Pad` and `PadToMultiple` stand before
         `InstanceNorm` but anywhere with `LocalNorm`, which leaves padding out; `Patchify` stands
         anywhere before the end.
+    validity
+        Which pixels are measurements; by default those whose values do not mark bad ones.
 
     Raises
     ------
@@ -54,38 +63,60 @@ class Preprocess(nn.Module):
         If the transforms stand in an order that gives the network something else.
     """
 
-    def __init__(self, transforms: list[Transform]) -> None:
+    def __init__(self, transforms: list[Transform], validity: Validity | None = None) -> None:
         super().__init__()
         _check_order(transforms)
+        self.validity = Validity() if validity is None else validity
         self.transforms = nn.ModuleList(transforms)
 
-    def forward(self, images_BPHW: Tensor) -> Prepared:
-        """Prepare a batch.
+    def forward(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> Prepared:
+        """Prepare a batch: `widen`, then `transform`.
 
         Parameters
         ----------
-        images_BPHW
+        counts_BPHW
             (B, P, H, W) of any real dtype, detector counts.
+        bad_bits_BK
+            Pixels that the producers declare bad, see `Validity.forward`.
 
         Raises
         ------
         ValueError
-            If a transform cannot take the panels' size.
+            If a transform cannot take the panels' size, or the mask is of another detector.
         """
-        if images_BPHW.ndim != 4:
+        return self.transform(*self.widen(counts_BPHW, bad_bits_BK))
+
+    def widen(
+        self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return float32 images and the mask of their valid pixels, see `Validity.forward`.
+
+        The only step that depends on the dtype: what is compiled begins after it, or it would be
+        compiled anew for every dtype. Raw counts of 2 or 4 bytes travel to the device up to here.
+        """
+        if counts_BPHW.ndim != 4:
             raise ValueError(
-                f"a batch of events has the shape (B, P, H, W), not {tuple(images_BPHW.shape)}"
+                f"a batch of events has the shape (B, P, H, W), not {tuple(counts_BPHW.shape)}"
             )
-        # First of all, so that raw counts of 2 or 4 bytes travel and everything else is float32
-        # (few operations know uint16).
-        images_BPHW = images_BPHW.to(torch.float32)
-        valid_BPHW = torch.isfinite(images_BPHW)
-        bad_pixels_B = (~valid_BPHW).sum(dim=(1, 2, 3))
+        self.validity.check_shape(event_shape(counts_BPHW))
+        images_BPHW, valid_BPHW = self.validity(counts_BPHW, bad_bits_BK)
+        return images_BPHW, valid_BPHW
+
+    def transform(self, images_BPHW: Tensor, valid_BPHW: Tensor) -> Prepared:
+        """Leave out outliers and run the transforms on what `widen` returned."""
+        outlier_BPHW = find_outliers(images_BPHW, valid_BPHW)
+        bad_BPHW = outlier_BPHW | ~valid_BPHW
+        # What the norms leave out of their statistics.
+        images_BPHW = images_BPHW.masked_fill(bad_BPHW, torch.nan)
+        valid_BPHW = ~bad_BPHW
         for transform in self.transforms:
             images_BPHW, valid_BPHW = transform(images_BPHW, valid_BPHW)
         # Without a norm bad pixels are still there.
-        images_N1HW = torch.where(torch.isfinite(images_BPHW), images_BPHW, 0.0)
-        return Prepared(images_N1HW, valid_BPHW, bad_pixels_B)
+        images_N1HW = torch.where(images_BPHW.isnan(), 0.0, images_BPHW)
+        over = (1, 2, 3)
+        return Prepared(
+            images_N1HW, valid_BPHW, bad_BPHW, bad_BPHW.sum(over), outlier_BPHW.sum(over)
+        )
 
     def move(self, values_BPHW: Tensor, fill: int) -> Tensor:
         """Move values that belong to pixels, labels say, to where the pixels go.
@@ -114,8 +145,9 @@ class Preprocess(nn.Module):
         Raises
         ------
         ValueError
-            If a transform cannot take the shape; the message names the remedy.
+            If the mask or a transform cannot take the shape; the message names the remedy.
         """
+        self.validity.check_shape(shape_PHW)
         return self._shapes(shape_PHW)[-1]
 
     def to_original(
