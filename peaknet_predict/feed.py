@@ -96,13 +96,13 @@ def feed(
     peaknet_predict.queues.ClusterError, peaknet_predict.queues.QueueError
         If the cluster or the queue cannot be used.
     """
-    if rate_hz is not None and rate_hz <= 0:
+    if rate_hz is not None and not rate_hz > 0:  # NaN is not
         raise ValueError(f"rate_hz is {rate_hz}; give a positive number of events per second")
     if num_events is not None and num_events < 0:
         raise ValueError(f"num_events is {num_events}; give 0 or more")
     if producers < 1:
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
-    if grace_s < 0:
+    if not grace_s >= 0:
         raise ValueError(f"grace_s is {grace_s}; give 0 or more seconds")
     connect(address)
     return push(

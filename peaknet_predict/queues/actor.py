@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.clock import RunningClock
 from peaknet_predict.queues.dispatch import Delivery
+from peaknet_predict.queues.group_commit import GroupCommit
 from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
@@ -63,6 +65,7 @@ class QueueActor:
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
         self._address = address
+        self._tick_s = min(_TICK_S, address.lease_s / 4, address.producer_timeout_s / 4)
         self._spool = None if address.spool is None else Spool(address.spool)
         books = self._spool.replay.books if self._spool is not None else None
         uid = books["uid"] if books else f"{address.name}-{secrets.token_hex(4)}"
@@ -77,6 +80,7 @@ class QueueActor:
             uid=uid,
             # Larger than any token of an earlier life.
             first_token=time.time_ns(),
+            clock=RunningClock(longest_gap_s=2 * self._tick_s),
             quarantine=lambda entry, reason: self._quarantine.keep(
                 entry.id, reason, entry.record, entry.losses
             ),
@@ -96,14 +100,13 @@ class QueueActor:
         self._producers = WaitingCalls[bool](self._serve)
         self._readers = WaitingCalls[Delivery](self._serve)
         self._linger = Linger(LINGER_S, self._serve)
-        self._syncing = asyncio.Lock()
-        self._synced = (0, 0)
+        self._commit = GroupCommit(self._spool)
         self._ticker: asyncio.Task[None] | None = None
 
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
         taken = self._change(lambda: self._state.put_foreign(item))
-        await self._on_disk()
+        await self._commit.wait()
         return taken
 
     async def get(self) -> Any:
@@ -123,8 +126,6 @@ class QueueActor:
 
     async def describe(self) -> Description:
         """Return protocol version, kind, name and settings."""
-        if self._ticker is None:
-            self._ticker = asyncio.create_task(self._tick())
         return Description(PROTOCOL, self._state.kind, self._state.streams.uid, self._address)
 
     async def open(self, producer: str, of: int) -> None:
@@ -163,31 +164,31 @@ class QueueActor:
         # At once: what the queue knows already, or will not take from this producer, needs no room.
         if self._change(put) is None:
             await self._producers.answer(object(), put, timeout_s)
-        await self._on_disk()
-        return taken, self._problem()
+        await self._commit.wait()
+        return taken, self._state.problem or self._quarantine.problem
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.
 
-        With nothing to come before the reader has brought to an end what it holds, it is told at
-        once. While events come faster than one in `LINGER_S`, a reader that asks for several waits
-        up to that long for more.
+        A reader is told at once when nothing comes before it has brought to an end what it holds.
+        While events come faster than one in `LINGER_S`, a reader that asks for several waits up to
+        that long for more.
 
         Parameters
         ----------
         call
-            The reader, holder, request and ``resumes`` of `QueueState.ask`, how many records at
-            most, and for how many seconds to wait for them.
+            Group, holder, sequence and ``resumes`` of `QueueState.ask`, how many records at most,
+            and for how many seconds to wait for them.
 
         Returns
         -------
         tuple
             The fields of a `Delivery`.
         """
-        reader, holder, request, resumes, max_records, timeout_s = call
+        group, holder, sequence, resumes, max_records, timeout_s = call
 
         def take() -> Delivery | None:
-            delivery = self._state.take(reader, holder, request, max_records)
+            delivery = self._state.take(group, holder, sequence, max_records)
             if delivery.tokens:
                 self._linger.begin()
             return delivery if delivery.tokens or delivery.ended or delivery.flush else None
@@ -195,10 +196,10 @@ class QueueActor:
         def give_back(delivery: Delivery) -> None:
             self._change(lambda: self._state.release(delivery.tokens))
 
-        delivery = self._change(lambda: self._state.ask(reader, holder, request, resumes))
+        delivery = self._change(lambda: self._state.ask(group, holder, sequence, resumes))
         if delivery is None:
             delivery = await self._readers.answer(
-                (holder, request), take, timeout_s, max_records, give_back
+                (holder, sequence), take, timeout_s, max_records, give_back
             )
         return tuple(delivery or _NOTHING)
 
@@ -229,50 +230,39 @@ class QueueActor:
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
         statistics = self._change(self._state.statistics)
-        statistics.problem = self._problem()
+        statistics.problem = statistics.problem or self._quarantine.problem
         return statistics
 
-    def _problem(self) -> str | None:
-        return self._state.problem or self._quarantine.problem
-
     def _change(self, act: Callable[[], T]) -> T:
-        """Do what may change the state, and answer whoever has waited for that."""
+        """Do what may change the state, and answer the calls that have waited for that."""
+        if self._ticker is None:
+            # Here, because after a restart nobody makes the queue's acquaintance again.
+            self._ticker = asyncio.create_task(self._tick())
         try:
             return act()
         finally:
             self._serve()
 
     def _serve(self) -> None:
-        while True:
-            self._producers.serve(lambda wanted: not self._state.ready.full)
-            # What readers have taken leaves room.
-            if not self._readers.serve(self._is_worth_trying):
-                return
-
-    def _is_worth_trying(self, wanted: int) -> bool:
-        """Whether to answer a reader with what there is, or to let it wait for more."""
         state = self._state
-        if state.streams.ended:
-            return True
-        ready = len(state)
-        return ready > 0 and (ready >= wanted or state.ready.full or self._linger.is_over())
 
-    async def _on_disk(self) -> None:
-        """Return once what was accepted up to now is on disk; many puts share one sync."""
-        if self._spool is None:
-            return
-        wanted = self._spool.position
-        async with self._syncing:
-            if self._synced >= wanted:
+        def is_worth_trying(wanted: int) -> bool:
+            """Whether to answer a reader with what there is, or to let it wait for more."""
+            if state.streams.ended:
+                return True
+            ready = len(state)
+            return ready > 0 and (ready >= wanted or state.ready.full or self._linger.is_over())
+
+        while True:
+            self._producers.serve(lambda wanted: not state.ready.full)
+            # What readers have taken leaves room.
+            if not self._readers.serve(is_worth_trying):
                 return
-            reached, sync = self._spool.position, self._spool.syncing()
-            await asyncio.get_running_loop().run_in_executor(None, sync)
-            self._synced = reached
 
     async def _tick(self) -> None:
         """Look at the clock while nobody calls, and retry what could not be written."""
         while True:
-            await asyncio.sleep(min(_TICK_S, self._address.lease_s / 4))
+            await asyncio.sleep(self._tick_s)
             try:
                 self._change(self._state.tick)
                 self._change(lambda: self._state.settlements.confirm(self._quarantine.retry()))

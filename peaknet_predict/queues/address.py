@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from peaknet_predict.queues.cluster import NAMESPACE
@@ -60,17 +61,25 @@ class QueueAddress:
     idle_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("a queue needs a name")
-        if self.max_events < 1 or self.max_bytes < 1 or self.idle_timeout_s <= 0:
-            raise ValueError(
-                f"queue {self.name!r}: max_events, max_bytes and idle_timeout_s must be positive; "
-                f"got {self.max_events}, {self.max_bytes} and {self.idle_timeout_s}"
-            )
-        if self.lease_s <= 0 or self.producer_timeout_s <= 0 or self.max_losses < 1:
-            raise ValueError(
-                f"queue {self.name!r}: lease_s, producer_timeout_s and max_losses must be "
-                f"positive; got {self.lease_s}, {self.producer_timeout_s} and {self.max_losses}"
-            )
+        for what, text in (("name", self.name), ("namespace", self.namespace)):
+            if not text or not text.isprintable():
+                raise ValueError(f"a queue's {what} must be printable text, not {text!r}")
+        for setting in ("max_events", "max_bytes", "max_losses"):
+            if getattr(self, setting) < 1:
+                raise ValueError(
+                    f"queue {self.name!r}: {setting} must be at least 1, not "
+                    f"{getattr(self, setting)}"
+                )
+        for setting in ("lease_s", "producer_timeout_s", "idle_timeout_s"):
+            seconds = getattr(self, setting)
+            # Written so that it holds for NaN, which is neither smaller nor larger than anything.
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(
+                    f"queue {self.name!r}: {setting} must be a positive number of seconds, not "
+                    f"{seconds}"
+                )
         if self.quarantine_bytes < 0:
-            raise ValueError(f"queue {self.name!r}: quarantine_bytes is {self.quarantine_bytes}")
+            raise ValueError(
+                f"queue {self.name!r}: quarantine_bytes must be 0 or more, not "
+                f"{self.quarantine_bytes}"
+            )

@@ -15,7 +15,7 @@ from peaknet_predict.queues.foreign import ForeignAdmin, ForeignProducer, Foreig
 from peaknet_predict.queues.native import NativeAdmin, NativeProducer, NativeReader
 from peaknet_predict.queues.records import Kind
 from peaknet_predict.queues.roles import Admin, Queue
-from peaknet_predict.queues.transport import ActorCalls
+from peaknet_predict.queues.transport import ActorCalls, call_again
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,11 @@ def connect_queue(
             raise QueueError(_missing(address)) from error
         handle = _make(address, kind, outlives_us)
     if not hasattr(handle, "describe"):
-        _check_three_methods(handle, address)
-        uid = f"{address.name}@{secrets.token_hex(4)}"
-        return Queue(
-            ForeignProducer(handle, address, kind),
-            ForeignReader(handle, address, kind, uid),
-            ForeignAdmin(handle, address, uid),
-        )
+        return _foreign(handle, address, kind)
     try:
-        description = ray.get(handle.describe.remote())
-    except ray.exceptions.ActorDiedError as error:
+        # A queue with a spool may be on its way back after the death of its process.
+        description = call_again(handle, address.name, "describe")
+    except ray.exceptions.RayActorError as error:
         # Most often what its constructor raised: a spool that cannot be used.
         causes = [line for line in str(error).splitlines() if "Error" in line]
         reason = causes[-1].strip() if causes else str(error).splitlines()[0]
@@ -89,6 +84,16 @@ def warn_of_leftovers(admin: Admin, name: str) -> None:
             name,
             now.ready,
         )
+
+
+def _foreign(handle: Any, address: QueueAddress, kind: Kind) -> Queue:
+    _check_three_methods(handle, address)
+    uid = f"{address.name}@{secrets.token_hex(4)}"
+    return Queue(
+        ForeignProducer(handle, address, kind),
+        ForeignReader(handle, address, kind, uid),
+        ForeignAdmin(handle, address, uid),
+    )
 
 
 def _make(address: QueueAddress, kind: Kind, outlives_us: bool) -> Any:

@@ -84,6 +84,12 @@ class LeaseBook:
         self._holders[holder].tokens.discard(token)
         return entry
 
+    def end_all(self, tokens: Iterable[int]) -> tuple[dict[int, Entry], list[int]]:
+        """End leases; return what they were of, and the tokens that were not current."""
+        ended = {token: self.end(token) for token in dict.fromkeys(tokens)}
+        entries = {token: entry for token, entry in ended.items() if entry is not None}
+        return entries, [token for token in ended if token not in entries]
+
     def holder_of(self, token: int) -> str | None:
         """Return who holds under a token; None if it is not current."""
         lease = self._leases.get(token)

@@ -36,15 +36,13 @@ __all__ = ["Delivery", "QueueState", "QueueStatistics"]
 class QueueState:
     """A bounded first-in first-out queue whose records are leased, acknowledged and never doubled.
 
-    A record that was accepted is ready, leased, acknowledged, quarantined, or waits for the
-    quarantine's disk, and in one of these states only. A put of a key that was accepted before is a
-    success that changes nothing. A lease ends with the acknowledgement, or the record is ready
-    again. The end of the stream is a state: all producers have closed it, and every record has been
-    settled.
+    An accepted record is ready, leased, acknowledged, quarantined, or waits for the quarantine's
+    disk, and in one of these states only. A put of a key that was accepted before is a success that
+    changes nothing. A lease ends with the acknowledgement, or the record is ready again. The end of
+    the stream is a state: all producers have closed it, and every record has been settled.
 
-    A record whose reader is lost twice is suspected to be a poison message: it is handed out alone,
-    to a reader that holds nothing else, so that no other record is blamed for it. After
-    ``max_losses`` it is quarantined.
+    A record that has cost two readers is suspected to be a poison message: it is handed out alone,
+    so that no other record is blamed for it. After ``max_losses`` it is quarantined.
 
     Parameters
     ----------
@@ -56,22 +54,13 @@ class QueueState:
         As for `QueueAddress`.
     uid
         Names this queue apart from every other, past and future.
-    first_token
-        Tokens of leases count from here.
-    clock
-        Seconds that only go forward.
+    first_token, clock
+        Where tokens of leases count from; seconds that only go forward.
     quarantine
         Takes what is quarantined, with the reason. Returns False if it is not on disk yet:
         `Settlements.confirm` is then told when it is.
     journal
         Where to write down what must survive.
-
-    Attributes
-    ----------
-    accepted, acknowledged, duplicates
-        Counts of records.
-    problem
-        Why nothing can be accepted although there is room; None if it can.
     """
 
     def __init__(
@@ -100,7 +89,7 @@ class QueueState:
         self.ready = ReadyLines(max_events, max_bytes)
         self.settlements = Settlements(self.ready, max_losses, quarantine, journal)
         self.accepted = self.acknowledged = self.duplicates = 0
-        self.problem: str | None = None
+        self.problem: str | None = None  # why nothing is accepted although there is room
         self._clock = clock
         self._journal = journal
 
@@ -117,10 +106,7 @@ class QueueState:
         self.streams.open(producer, of, self._clock())
 
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """End a producer's part of the stream; ``failure`` says why it is incomplete.
-
-        ``end_markers`` is how many readers that know only ``get`` will be handed `END_MARKER`.
-        """
+        """End a producer's part of the stream; parameters as for `roles.Producer.close`."""
         self.streams.close(producer, failure, end_markers)
 
     def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
@@ -175,8 +161,8 @@ class QueueState:
         sequence
             A number that grows from request to request of a holder. If it repeats, the answer does.
         resumes
-            Whether the group takes the place of one that died: it is then at the end of a stream
-            that others have read to its end, instead of waiting for the next.
+            Whether the group takes the place of one that died: a stream that others have read to
+            its end meanwhile is then its end.
         """
         self.tick()
         self.leases.hear(holder, self._clock())
@@ -215,25 +201,17 @@ class QueueState:
 
     def ack(self, tokens: Iterable[int]) -> list[int]:
         """End leases whose records the next stage has; the answer is the tokens that were stale."""
-        stale = []
-        for token in tokens:
-            entry = self.leases.end(token)
-            if entry is None:
-                stale.append(token)
-            else:
-                self.settlements.acknowledge(entry)
-                self.acknowledged += 1
+        entries, stale = self.leases.end_all(tokens)
+        for entry in entries.values():
+            self.settlements.acknowledge(entry)
+            self.acknowledged += 1
         return stale
 
     def reject(self, reasons: dict[int, str]) -> list[int]:
         """Quarantine leased records, each for a reason; the answer is the stale tokens."""
-        stale = []
-        for token, reason in reasons.items():
-            entry = self.leases.end(token)
-            if entry is None:
-                stale.append(token)
-            else:
-                self.settlements.reject(entry, reason)
+        entries, stale = self.leases.end_all(reasons)
+        for token, entry in entries.items():
+            self.settlements.reject(entry, reasons[token])
         return stale
 
     def release(self, tokens: Iterable[int], failure: str | None = None) -> None:
@@ -299,24 +277,7 @@ class QueueState:
     def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
         self.tick()
-        return QueueStatistics(
-            accepted=self.accepted,
-            acknowledged=self.acknowledged,
-            quarantined=self.quarantined,
-            quarantining=len(self.settlements),
-            duplicates=self.duplicates,
-            redeliveries=self.ready.redeliveries,
-            ready=len(self.ready),
-            ready_bytes=self.ready.nbytes,
-            leased=len(self.leases),
-            leased_bytes=self.leases.nbytes,
-            largest=self.ready.largest,
-            open_producers=self.streams.open_producers,
-            failures=dict(self.streams.failures),
-            quarantine=list(self.settlements.reasons),
-            ended=self.streams.ended,
-            problem=self.problem,
-        )
+        return _statistics_of(self)
 
     def _accept(self, entry: Entry) -> bool:
         if not self.ready.has_room(entry.nbytes):
@@ -333,3 +294,24 @@ class QueueState:
         self.ready.append(entry)
         self.accepted += 1
         return True
+
+
+def _statistics_of(state: QueueState) -> QueueStatistics:
+    return QueueStatistics(
+        accepted=state.accepted,
+        acknowledged=state.acknowledged,
+        quarantined=state.quarantined,
+        quarantining=len(state.settlements),
+        duplicates=state.duplicates,
+        redeliveries=state.ready.redeliveries,
+        ready=len(state.ready),
+        ready_bytes=state.ready.nbytes,
+        leased=len(state.leases),
+        leased_bytes=state.leases.nbytes,
+        largest=state.ready.largest,
+        open_producers=state.streams.open_producers,
+        failures=dict(state.streams.failures),
+        quarantine=list(state.settlements.reasons),
+        ended=state.streams.ended,
+        problem=state.problem,
+    )

@@ -20,6 +20,32 @@ _ACKS_UNDER_WAY = 32  # more unanswered acknowledgements than that are waited fo
 _ACK_WAIT_S = 2.0
 
 
+def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
+    """Call a method of an actor, again while it is out of reach; return its answer.
+
+    Raises
+    ------
+    QueueError
+        If it has been out of reach for a minute.
+    ray.exceptions.RayActorError
+        If it is gone.
+    """
+    import ray
+
+    deadline = time.monotonic() + _OUTAGE_S
+    while True:
+        try:
+            return ray.get(getattr(handle, method).remote(*args))
+        except ray.exceptions.ActorUnavailableError as error:
+            # It may have been carried out; done again, it changes nothing.
+            if time.monotonic() > deadline:
+                raise QueueError(
+                    f"queue {name!r} did not answer a {method} for {_OUTAGE_S:.0f} s. Look at the "
+                    "network and at the Ray logs of the actor's node, then restart this run"
+                ) from error
+            time.sleep(_RETRY_S)
+
+
 class ActorCalls:
     """The methods of one actor, called from here.
 
@@ -47,17 +73,10 @@ class ActorCalls:
         """
         import ray
 
-        deadline = time.monotonic() + _OUTAGE_S
-        while True:
-            try:
-                return ray.get(getattr(self.handle, method).remote(*args))
-            except ray.exceptions.ActorUnavailableError as error:
-                # It may have been carried out; done again, it changes nothing.
-                if time.monotonic() > deadline:
-                    raise QueueError(_unanswered(self.settings.name, method)) from error
-                time.sleep(_RETRY_S)
-            except ray.exceptions.RayActorError as error:
-                raise self.gone(error) from error
+        try:
+            return call_again(self.handle, self.settings.name, method, *args)
+        except ray.exceptions.RayActorError as error:
+            raise self.gone(error) from error
 
     def heartbeat(self, holder: str, producers: list[str]) -> None:
         """Say that a holder of leases, and producers, are alive."""
@@ -157,10 +176,3 @@ def _beat(method: weakref.WeakMethod[Callable[[], None]], interval_s: float) -> 
         except Exception as error:
             log.debug("heartbeat: %s", error)
         del beat
-
-
-def _unanswered(name: str, method: str) -> str:
-    return (
-        f"queue {name!r} did not answer a {method} for {_OUTAGE_S:.0f} s. Look at the network and "
-        "at the Ray logs of the actor's node, then restart this run"
-    )
