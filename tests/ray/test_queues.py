@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -193,6 +194,47 @@ def test_a_dead_queue_says_that_what_it_held_is_lost(address: QueueAddress) -> N
     ray.kill(ray.get_actor(address.name, namespace=address.namespace))
     with pytest.raises(QueueError, match="is gone, and what was still in it is lost"):
         queue.admin.size()
+
+
+def pid_of_actor(address: QueueAddress) -> int:
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    return int(ray.get(handle.__ray_call__.remote(lambda actor: os.getpid())))
+
+
+def test_a_queue_that_was_stopped_takes_nobodys_silence_for_death(address: QueueAddress) -> None:
+    address = replace(address, lease_s=2.0, producer_timeout_s=2.0)
+    producer, reader = connect_queue(address, "events"), connect_queue(address, "events")
+    producer.producer.open("p")
+    producer.producer.put("p", [event(0), event(1)])
+    assert len(reader.reader.get("r", 2, 5.0)[0]) == 2
+    pid = pid_of_actor(address)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(5.0)  # longer than both may be silent; they go on saying that they are alive
+    os.kill(pid, signal.SIGCONT)
+    # Whatever the queue does first when it wakes up is judged by what it hears then.
+    for _ in range(10):
+        taken, ended = connect_queue(address, "events").reader.get("r", 2, 0.2)
+        assert (taken, ended) == ([], False)
+    assert reader.reader.still_held([event(0).id]) == {event(0).id}
+    now = statistics(producer)
+    assert (now.open_producers, now.failures, now.redeliveries) == (["p"], {}, 0)
+    reader.reader.ack([event(0).id, event(1).id])
+    producer.producer.close("p")
+    assert take_all(reader) == []
+    assert reader.reader.failures == {}
+
+
+def test_a_queue_that_is_being_restarted_is_waited_for(
+    address: QueueAddress, tmp_path: Path
+) -> None:
+    address = replace(address, spool=str(tmp_path / "spool"))
+    connect_queue(address, "events").producer.open("p")
+    for _ in range(2):
+        os.kill(pid_of_actor(address), signal.SIGKILL)
+        for _ in range(20):
+            queue = connect_queue(address, "events")
+            time.sleep(0.02)
+        assert statistics(queue).open_producers == ["p"]
 
 
 def test_the_embedded_cluster_listens_on_loopback_and_its_token_is_private(cluster: str) -> None:
