@@ -1,4 +1,4 @@
-"""What the detector sees besides Bragg spots: scattering, rings, shadows, the jet's streak.
+"""What the detector sees besides Bragg spots: scattering, rings, shadows and jet streaks.
 
 Shape legend: B events, P panels of an event, N = B*P, H rows, W columns. Parameters of an event are
 (B, 1, 1, 1).
@@ -23,21 +23,22 @@ from peaknet_predict.simulation.scattering import (
 )
 
 LEVEL_PHOTONS = (0.01, 3000.0)
-"""Mean background, photons per pixel: thin jets in an FEL to long exposures at a synchrotron."""
+"""Mean background, photons per pixel: from thin jets at an FEL to long exposures at a
+synchrotron."""
 
 
 @dataclass(slots=True)
 class Background:
-    """What pixels expect without Bragg spots.
+    """What the pixels would see without Bragg spots.
 
     Attributes
     ----------
     photons_BPHW
         Expected photons, shadows included.
     grain_BPHW
-        Standard deviation of structure in the rings, photons: noise to whoever looks for spots.
+        Standard deviation of the structure in rings, photons. It hides spots as noise does.
     transmission_BPHW
-        Of shadows, 0 to 1, for the spots.
+        Transmission of shadows, 0 to 1: spots behind them are as much weaker.
     """
 
     photons_BPHW: Tensor
@@ -53,10 +54,10 @@ def draw_background(draws: Draws, cameras: Cameras, height: int, width: int) -> 
     # Polarisation, along x as at nearly every source: 1 - (x / r)^2.
     distance2 = cameras.distance_px_B[:, None, None, None].square()
     smooth = smooth * (1.0 - x.square() / (x.square() + y.square() + distance2))
-    # Powders of few crystals are grainy and unevenly strong around the ring.
+    # Powders of few crystals have grainy rings of uneven strength.
     grain, spread = draw_grain(draws, B, P, height, width)
     rings = rings * draw_unevenness(draws, y, x)
-    # Unevenness that has no name: 30 % at most, over a quarter of a panel.
+    # Unevenness of any other origin: 30 % at most, over a quarter of a panel.
     bumps = F.interpolate(
         draws.normal(B * P, 1, 5, 5), size=(height, width), mode="bicubic", align_corners=True
     )
@@ -64,7 +65,7 @@ def draw_background(draws: Draws, cameras: Cameras, height: int, width: int) -> 
     smooth = smooth * torch.exp(strength * bumps.view(B, P, height, width))
     streak = _streak(draws, y, x, B)
     photons = smooth + rings * grain + streak
-    # The level is that of the event's mean, whatever is on it.
+    # The drawn level is that of the event's mean, whatever the background consists of.
     mean = photons.mean(dim=(1, 2, 3), keepdim=True)
     low, high = LEVEL_PHOTONS
     level = draws.log_uniform(B, 1, 1, 1, low=low, high=high) / mean.clamp(min=1e-6)
@@ -77,10 +78,10 @@ def draw_background(draws: Draws, cameras: Cameras, height: int, width: int) -> 
 
 
 def _streak(draws: Draws, y: Tensor, x: Tensor, B: int) -> Tensor:
-    """Draw the narrow bright line through the beam that a jet or a nozzle's edge scatters."""
+    """Draw the narrow bright line through the beam that a jet or the edge of a nozzle scatters."""
     strength = weight(draws, B, 1, 1, 1, probability=0.2, low=1.0, high=300.0)
-    # Jets mostly fall or fly sideways, so half of the streaks lie near an axis; the others go
-    # through the first panel's middle, or most panels would never see one.
+    # Most jets fall or fly sideways, so half of the streaks lie near an axis. The others go through
+    # the middle of the first panel, or most panels would never see one.
     angle = draws.uniform(B, 1, 1, 1, high=0.2)
     near_axis = (0.5 * math.pi) * draws.among(B, 1, 1, 1, weights=(0.5, 0.5)) + angle
     middle_y, middle_x = y[:, :1].mean(dim=2, keepdim=True), x[:, :1].mean(dim=3, keepdim=True)
@@ -89,7 +90,7 @@ def _streak(draws: Draws, y: Tensor, x: Tensor, B: int) -> Tensor:
     along, across = y * angle.sin() + x * angle.cos(), y * angle.cos() - x * angle.sin()
     width = draws.log_uniform(B, 1, 1, 1, low=0.7, high=6.0)
     reach = draws.log_uniform(B, 1, 1, 1, low=60.0, high=1500.0)
-    # Fringes along it: the jet's thickness.
+    # Fringes along it, from the thickness of the jet.
     period = draws.log_uniform(B, 1, 1, 1, low=6.0, high=60.0)
     depth = draws.chance(B, 1, 1, 1, probability=0.5) * draws.uniform(B, 1, 1, 1)
     fringes = 1.0 + depth * (2.0 * math.pi * along / period).cos()
@@ -98,7 +99,7 @@ def _streak(draws: Draws, y: Tensor, x: Tensor, B: int) -> Tensor:
 
 
 def _shadows(draws: Draws, y: Tensor, x: Tensor, B: int, P: int) -> Tensor:
-    """Draw the transmission of beam stop, its arm and edges of the sample holder, (B, P, H, W)."""
+    """Draw the transmission of beam stop, its arm and sample-holder edges, (B, P, H, W)."""
     sharp = draws.log_uniform(B, 1, 1, 1, low=0.4, high=8.0)
     opaque = 1.0 - draws.chance(B, 1, 1, 1, probability=0.5) * draws.uniform(B, 1, 1, 1, high=0.4)
     radius = draws.log_uniform(B, 1, 1, 1, low=8.0, high=120.0)
@@ -109,7 +110,7 @@ def _shadows(draws: Draws, y: Tensor, x: Tensor, B: int, P: int) -> Tensor:
     arm = torch.sigmoid((half - across.abs()) / sharp) * (along > 0.0)
     arm = arm * draws.chance(B, 1, 1, 1, probability=0.5)
     stop = torch.maximum(stop, arm) * draws.chance(B, 1, 1, 1, probability=0.5)
-    # An edge somewhere across a panel, of anything.
+    # The edge of something, anywhere across a panel.
     angle = draws.uniform(B, P, 1, 1, high=2.0 * math.pi)
     middle_y, middle_x = y.mean(dim=2, keepdim=True), x.mean(dim=3, keepdim=True)
     beyond = (y - middle_y) * angle.sin() + (x - middle_x) * angle.cos()

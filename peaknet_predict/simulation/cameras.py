@@ -17,21 +17,21 @@ from peaknet_predict.photon_energy import HC_EV_ANGSTROM
 from peaknet_predict.simulation.draws import Band, Domain, Draws
 
 PIXEL_UM = Band(50.0, 200.0, 72.0, 80.0)
-"""Edge of a pixel, micrometres: 50 (MPCCD, ePix10k 100, CSPAD 110, Pilatus 172) to 200 (AGIPD).
-Held out: those of Jungfrau and Eiger, 75."""
+"""Edge of a pixel, micrometres: from 50 (MPCCD) over 100 (ePix10k), 110 (CSPAD) and 172 (Pilatus)
+to 200 (AGIPD). Held out: 75, of Jungfrau and Eiger."""
 
 LONGEST_AXIS = Band(30.0, 350.0, 85.0, 105.0)
-"""Longest cell edge, Angstrom: small proteins to photosystems. Held out: that of thermolysin and
-its likes."""
+"""Longest cell edge, Angstrom: from small proteins to photosystems. Held out: cells such as
+thermolysin's."""
 
 MIN_SPACING_PX = (5.5, 14.0)
-"""Least distance of neighbouring spots: experimenters move the detector back until they see them
-apart. Much closer ones could not be found by `lattices.CELL`."""
+"""Least distance of neighbouring spots. Experimenters move the detector back until spots separate.
+Much closer ones would escape the grid of `lattices.CELL`."""
 
 
 @dataclass(slots=True)
 class Cameras:
-    """Where the panels of each event are.
+    """Beam, detector distance, and where the panels of each event are.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Cameras:
     top_BP, left_BP
         (B, P) detector coordinates of each panel's pixel (0, 0).
     longest_axis_B
-        (B,) Angstrom, of the crystals that the distance was chosen for.
+        (B,) Angstrom; longest cell edge of the crystals for which the distance was chosen.
     spacing_px_B
         (B,) distance of neighbouring spots along the longest axis, pixels.
     """
@@ -75,26 +75,27 @@ def draw_cameras(
 ) -> Cameras:
     """Draw beam, detector distance and the places of the panels."""
     B = batch_size
-    # 6-16 keV: MX beamlines and the hard X-ray lasers.
+    # 6 to 16 keV: MX beamlines and hard X-ray lasers.
     wavelength = HC_EV_ANGSTROM / draws.log_uniform(B, low=6000.0, high=16000.0)
-    # SASE 0.1-0.3 %, seeded and monochromatic less; 1 event in 16 has a pink beam.
+    # SASE pulses have 0.1 to 0.3 %, seeded and monochromatic ones less. One event in 16 has a pink
+    # beam.
     pink = draws.chance(B, probability=1 / 16)
     bandwidth = torch.where(
         pink,
         draws.log_uniform(B, low=3e-3, high=2e-2),
         draws.log_uniform(B, low=1e-4, high=3e-3),
     )
-    # Detectors of 600 to 3200 pixels that see 1.3 to 3.5 Angstrom at their edge...
+    # Detectors of 600 to 3200 pixels see 1.3 to 3.5 Angstrom at their edge ...
     half_width = draws.log_uniform(B, low=300.0, high=1600.0)
     edge = draws.log_uniform(B, low=1.3, high=3.5)
     sine = (wavelength / (2.0 * edge)).clamp(max=0.6)
     distance = half_width / (2.0 * torch.asin(sine)).tan()
-    # ... unless the cell needs more distance.
+    # ... unless the cell needs a larger distance.
     axis = draws.band(B, band=LONGEST_AXIS, domain=domain)
     low, high = MIN_SPACING_PX
     spacing = draws.log_uniform(B, low=low, high=high)
     distance = torch.maximum(distance, spacing * axis / wavelength)
-    # Panels lie anywhere, and more often near the beam than its share of the area.
+    # Panels lie anywhere, near the beam more often than by its share of the area.
     reach = half_width[:, None] * draws.uniform(B, panels).sqrt()
     azimuth = draws.uniform(B, panels, high=2.0 * math.pi)
     offset_y, offset_x = draws.uniform(B, panels, low=-1.0), draws.uniform(B, panels, low=-1.0)

@@ -1,6 +1,6 @@
-"""What is wrong with pixels: hot, dead and noisy ones, bad lines and clusters, particles' tracks.
+"""Defects of detectors: hot, dead and noisy pixels, bad lines and clusters, tracks of particles.
 
-All heights are in units of the readout's noise. Shape legend: B events, P panels of an event, N =
+All heights are in units of the readout noise. Shape legend: B events, P panels of an event, N =
 B*P, H rows, W columns, T tracks, S steps of a track, L lines.
 """
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from peaknet_predict.simulation.draws import Draws
 
 _TRACKS, _TRACK_STEPS = 3, 16
-"""Cosmic rays and electrons that cross a panel, at most; and pixels of their way, at most."""
+"""Most cosmic rays and electrons that cross a panel, and most pixels of a track."""
 
 DEFECT_SIGMAS = (4.0, 3000.0)
-"""What warm and hot pixels show besides the signal, in noises."""
+"""What warm and hot pixels add to the signal, in units of the noise."""
 
 
 def defects(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """Draw hot, dead, noisy and negative pixels, bools, and how far the hot and negative are off.
+    """Draw masks of hot, dead, noisy and negative pixels, and how far off their values are.
 
-    None of them in a tenth of the events, up to 1 % of the pixels in others.
+    A tenth of the events has none; in the others up to 1 % of the pixels are defective.
     """
     place = draws.uniform(B, P, height, width)
     defective = draws.chance(B, 1, 1, 1, probability=0.9)
@@ -33,7 +33,7 @@ def defects(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tens
     for highest in (4e-3, 4e-3, 1e-3, 5e-4):
         fraction = defective * draws.log_uniform(B, 1, 1, 1, low=1e-6, high=highest)
         mask = (place >= lower) & (place < lower + fraction)
-        # Where in its interval a number lies is another uniform deviate.
+        # A number's place in its interval is another uniform deviate.
         share = torch.where(mask, (place - lower) / fraction, share)
         masks.append(mask)
         lower = lower + fraction
@@ -42,7 +42,7 @@ def defects(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tens
 
 
 def bad_lines(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
-    """Draw rows and columns, or parts of them, that are off by 2 to 300 noises; (B, P, H, W)."""
+    """Draw rows and columns, or parts of them, that are off by 2 to 300 times the noise."""
     L = 2
     y = torch.arange(height, device=draws.device)[:, None]
     x = torch.arange(width, device=draws.device)
@@ -58,7 +58,7 @@ def bad_lines(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
 
 
 def bad_blocks(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Draw a cluster of bad pixels, of 1 to 12 along each edge: bool mask, and value in noises."""
+    """Draw clusters of 1 to 12 bad pixels along each edge: a mask, and their value."""
     y = torch.arange(height, device=draws.device)[:, None]
     x = torch.arange(width, device=draws.device)
     shape = (B, P, 1, 1)
@@ -72,9 +72,9 @@ def bad_blocks(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[T
 
 
 def tracks(draws: Draws, B: int, P: int, height: int, width: int) -> Tensor:
-    """Draw what cosmic rays and fast electrons leave: single pixels to worms, in noises.
+    """Draw the tracks of cosmic rays and fast electrons, from single pixels to worms: (B*P, H*W).
 
-    (B*P, H*W). A way turns little by little; what it leaves varies from pixel to pixel.
+    A track turns little by little, and what it leaves varies from pixel to pixel.
     """
     N, T, S = B * P, _TRACKS, _TRACK_STEPS
     step = torch.arange(S, device=draws.device)

@@ -1,4 +1,4 @@
-"""Random numbers for simulated shots: streams, distributions, and what training never sees."""
+"""Random numbers for simulated shots: streams, distributions, and ranges kept from training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 Domain = Literal["training", "held_out"]
-"""Which half of the world shots are drawn from; see `Band`."""
+"""Which part of each range shots are drawn from; see `Band`."""
 
 _MASK = (1 << 64) - 1
 
 _POOL = 1 << 16
-"""Numbers that are drawn ahead."""
+"""How many numbers are drawn ahead."""
 
 
 class Band(NamedTuple):
-    """A log-uniform range with a hole: training draws outside of the hole, held-out shots inside.
+    """A log-uniform range with a hole. Training draws outside of the hole, validation inside.
 
     Attributes
     ----------
@@ -35,15 +35,15 @@ class Band(NamedTuple):
 
 
 def stream_seed(*words: int) -> int:
-    """Mix integers to the seed of a stream; any change of any word gives an unrelated one.
+    """Mix integers into the seed of a stream; any change to a word gives an unrelated one.
 
-    Each word goes through the finaliser of SplitMix64 (Steele, Lea, Flood, *Fast splittable
-    pseudorandom number generators*, OOPSLA 2014), constants from there.
+    Each word goes through the finaliser of SplitMix64, with its constants (Steele, Lea, Flood,
+    *Fast splittable pseudorandom number generators*, OOPSLA 2014).
 
     Parameters
     ----------
     *words
-        Integers of any size; 64 bits of each count.
+        Integers of any size; the lowest 64 bits of each count.
 
     Returns
     -------
@@ -65,7 +65,7 @@ class Draws:
     Parameters
     ----------
     device
-        Where the tensors are made; nothing is made elsewhere and copied.
+        Where the tensors are made. Nothing is made elsewhere and copied.
     *words
         Name of the stream, see `stream_seed`.
     """
@@ -82,7 +82,7 @@ class Draws:
         return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
 
     def _unit(self, count: int) -> Tensor:
-        """Draw from [0, 1). Few at a time come from a store: hundreds of small kernels fewer."""
+        """Draw from [0, 1); a few at a time from a pool, which saves hundreds of small kernels."""
         if 4 * count > _POOL:
             return torch.rand(count, generator=self._generator, device=self.device)
         if self._used + count > len(self._pool):

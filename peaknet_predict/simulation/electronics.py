@@ -1,8 +1,8 @@
 """From expected photons to numbers in a file: counting, noise, offsets, defects, number formats.
 
-Shape legend: B events, P panels of an event, H rows, W columns. Parameters of an event are
-(B, 1, 1, 1). "Noise" is the readout's, in photons, unless an event has none; then everything that
-is measured in it is measured in photons.
+Shape legend: B events, P panels of an event, H rows, W columns. Parameters of an event are (B, 1,
+1, 1). Offsets and defects are drawn in units of the readout noise; for events without readout
+noise, in photons.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from peaknet_predict.simulation.draws import Band, Domain, Draws
 from peaknet_predict.simulation.tiles import ASICS, Tiling
 
 GAIN_ADU = Band(0.1, 300.0, 24.0, 36.0)
-"""ADU per photon, or keV, or any unit of a calibrated readout. Held out: CSPAD's 30."""
+"""ADU (or keV, or any calibrated unit) per photon. Held out: CSPAD's 30."""
 
 NOISE_PHOTONS = Band(0.02, 5.0, 0.15, 0.25)
 """Readout noise, photons rms: 0.02 (Jungfrau at 12 keV) to several (CCDs, CSPAD in low gain).
 Held out: between ePix10k's and CSPAD's."""
 
 MAX_SHARING = 0.8
-"""Probability that a photon's charge is shared, at most: small pixels, thick sensors."""
+"""Highest probability that a photon shares its charge: small pixels, thick sensors."""
 
 STEP_ADU = (0.0, 1.0, 8.0)
 """Quantisation of the readout, ADU; 0 for none."""
@@ -41,12 +41,13 @@ class Electronics:
     Attributes
     ----------
     gain_B, noise_B, saturation_B, step_B
-        (B, 1, 1, 1): ADU per photon; photons rms; photons at which the signal stops; ADU between
-        numbers, 0 for none.
+        (B, 1, 1, 1): ADU per photon; photons rms; photons at which the signal saturates; ADU per
+        quantisation step, 0 for none.
     sharing_B
-        (B, 1, 1, 1): probability that a photon leaves a part of its charge in a neighbouring pixel.
+        (B, 1, 1, 1): probability that a photon leaves part of its charge in a neighbouring pixel.
     counting_B, raw_B
-        (B, 1, 1, 1) bool: a photon counter; an integrating detector without dark subtraction.
+        (B, 1, 1, 1) bool: whether the detector counts photons; whether it delivers integrated
+        charge without dark subtraction.
     """
 
     gain_B: Tensor
@@ -59,21 +60,21 @@ class Electronics:
 
 
 @dataclass(slots=True)
-class Readout:
-    """What was read out.
+class MeasuredFrames:
+    """What the detectors have recorded.
 
     Attributes
     ----------
     images_BPHW
         ADU, with NaN where there is no pixel.
     excess_BPHW
-        Photons as measured, without offsets, gains and defects; with the readout's noise.
+        Photons as measured: with readout noise, without offsets, gains and defects.
     sigma_BPHW
         Readout noise of the pixel, photons rms.
     bad_BPHW
-        bool; the number says nothing: gap, outside, dead, hot, noisy, saturated.
+        bool; pixels whose value says nothing: in gaps, outside, dead, hot, noisy.
     saturated_BPHW
-        bool; at the plateau.
+        bool; pixels at saturation.
     """
 
     images_BPHW: Tensor
@@ -84,9 +85,9 @@ class Readout:
 
 
 def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Electronics:
-    """Draw the kinds of detectors of a batch, whose mean background is given, (B, 1, 1, 1)."""
+    """Draw the kinds of detectors of a batch with a given mean background, (B, 1, 1, 1)."""
     one = (len(background_B), 1, 1, 1)
-    # A fifth are counters; of the rest 40 % come as they are, without dark subtraction.
+    # A fifth are photon counters. 40 % of the rest deliver data without dark subtraction.
     counting = draws.chance(*one, probability=0.2)
     raw = draws.chance(*one, probability=0.4) & ~counting
     gain = draws.band(*one, band=GAIN_ADU, domain=domain)
@@ -94,14 +95,14 @@ def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Elec
     steps = STEP_ADU if domain == "training" else HELD_OUT_STEPS_ADU
     which = draws.among(*one, weights=(0.5, 0.4, 0.1))
     step = torch.where(which == 0, steps[0], torch.where(which == 1, steps[1], steps[2]))
-    # Steps coarser than half a photon would hide faint spots from everybody.
+    # Coarser steps than half a photon would hide faint spots from anybody.
     step = torch.where(step > 0.5 * gain, 0.0, step)
     # Some facilities round to photons ("photonise").
     photonised = draws.chance(*one, probability=0.1) & ~raw
     step = torch.where(photonised, gain, step)
     gain = torch.where(counting, 1.0, gain)
-    # A CCD's or CSPAD's well holds hundreds of photons, a Jungfrau's 10^4; nobody lets the
-    # background fill it.
+    # A CCD or CSPAD pixel holds hundreds of photons, a Jungfrau pixel 10^4. Experimenters keep the
+    # background far below that.
     saturation = draws.log_uniform(*one, low=80.0, high=1e6)
     saturation = saturation + 4.0 * background_B + 10.0 * noise
     return Electronics(
@@ -109,8 +110,8 @@ def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Elec
         noise_B=torch.where(counting, 0.0, noise),
         saturation_B=saturation,
         step_B=torch.where(counting, 1.0, step),
-        # Counters ask for half of the charge. Of a CSPAD's noise the correlation of neighbours
-        # is 0.04, which takes 0.5.
+        # Counters count a photon where half of its charge arrives. Neighbouring pixels of a CSPAD
+        # are correlated by 0.04, which a probability of 0.5 reproduces.
         sharing_B=torch.where(counting, 0.0, draws.uniform(*one, high=MAX_SHARING)),
         counting_B=counting,
         raw_B=raw,
@@ -119,31 +120,32 @@ def draw_electronics(draws: Draws, background_B: Tensor, domain: Domain) -> Elec
 
 def read_out(
     draws: Draws, expected_BPHW: Tensor, tiling: Tiling, electronics: Electronics
-) -> Readout:
+) -> MeasuredFrames:
     """Read a batch of exposures.
 
     Parameters
     ----------
     draws
-        Stream.
+        Stream of random numbers.
     expected_BPHW
         (B, P, H, W) photons expected in pixels of the usual size.
     tiling, electronics
-        Of the detectors.
+        The detectors.
     """
     B, P, H, W = expected_BPHW.shape
     e = electronics
     area = tiling.area_BPH1 * tiling.area_BP1W
     counts = share_charge(draws, draws.poisson(expected_BPHW * area), e.sharing_B)
-    # What everything else is measured in.
+    # Unit of offsets and defects.
     unit = torch.where(e.counting_B, 1.0, e.noise_B)
 
     hot, dead, noisy, negative, height = defects(draws, B, P, H, W)
     sigma = torch.where(noisy, 10.0 * e.noise_B, e.noise_B)
-    # Sensor borders leak; by how much depends on the detector.
+    # The borders of sensors leak, more on some detectors than on others.
     leaky = draws.chance(B, 1, 1, 1, probability=0.3) * draws.uniform(B, 1, 1, 1, high=3.0)
     sigma = sigma * (1.0 + leaky * tiling.border_BPHW)
-    # Where the gain has switched, noise is several times as high and the scales do not quite fit.
+    # Where the gain has switched, the noise is several times higher and the scales do not quite
+    # match.
     switching = draws.chance(B, 1, 1, 1, probability=0.15) & ~e.counting_B
     threshold = draws.log_uniform(B, 1, 1, 1, low=20.0, high=2000.0)
     threshold = threshold + 2.0 * expected_BPHW.mean(dim=(1, 2, 3), keepdim=True)
@@ -170,14 +172,14 @@ def read_out(
     adu = torch.where(dead, dead_adu, adu)
     images = _numbers(draws, adu, tiling, e, hot | dead | blocks | noisy)
     bad = hot | dead | noisy | negative | blocks | tiling.gap_BPHW | ~tiling.on_panel_BPHW
-    return Readout(images, counts + noise, sigma, bad, saturated)
+    return MeasuredFrames(images, counts + noise, sigma, bad, saturated)
 
 
 def share_charge(draws: Draws, counts_BPHW: Tensor, sharing_B: Tensor) -> Tensor:
-    """Let photons leave up to half of their charge in a pixel beside their own.
+    """Let photons leave up to half of their charge in a neighbouring pixel.
 
-    So the noise of a background has faint pairs of pixels which are no peaks, up to half as many
-    again as independent pixels would have.
+    The noise of a background then contains faint pairs of pixels that are no peaks, up to half as
+    many again as independent pixels would form.
 
     Parameters
     ----------
@@ -186,12 +188,12 @@ def share_charge(draws: Draws, counts_BPHW: Tensor, sharing_B: Tensor) -> Tensor
     counts_BPHW
         (B, P, H, W) photons that each pixel has absorbed.
     sharing_B
-        (B, 1, 1, 1) probability of a photon to share.
+        (B, 1, 1, 1) probability that a photon shares its charge.
 
     Returns
     -------
     Tensor
-        (B, P, H, W), photons' worth of charge.
+        (B, P, H, W) charge in units of a photon's.
     """
     result, whole = counts_BPHW.clone(), counts_BPHW.clone()
     for axis in (-2, -1):
@@ -200,17 +202,17 @@ def share_charge(draws: Draws, counts_BPHW: Tensor, sharing_B: Tensor) -> Tensor
             whole -= shared
             charge = shared * draws.uniform(*counts_BPHW.shape, high=0.5)
             arrived = charge.roll(step, axis)
-            # What leaves the panel is lost.
+            # Charge that leaves the panel is lost.
             arrived.select(axis, 0 if step == 1 else -1).zero_()
             result += arrived - charge
     return result
 
 
 def _smeared(draws: Draws, measured_BPHW: Tensor) -> Tensor:
-    """Mix pixels with the mean of those around them, in an eighth of the events.
+    """Mix pixels with the mean of their surroundings, in an eighth of the events.
 
-    Fibre-optic tapers whose distortion has been corrected, and resampled images, have such
-    correlated noise. A matched filter loses nothing by it.
+    Resampled images have such correlated noise, for example those of fibre-optic tapers after the
+    correction of their distortion. A matched filter loses nothing by it.
     """
     B = len(measured_BPHW)
     mixed = draws.chance(B, 1, 1, 1, probability=1 / 8) * draws.uniform(B, 1, 1, 1, high=0.7)
@@ -223,8 +225,9 @@ def _offsets(
 ) -> Tensor:
     """Draw pedestals and common modes, photons.
 
-    Without dark subtraction: a pedestal to 3000 noises, ASICs apart by up to hundreds. With it:
-    what common-mode correction leaves. Rows and columns of an ASIC share noise of up to 1.5 sigma.
+    Without dark subtraction, pedestals reach 3000 times the noise, and ASICs differ by up to
+    hundreds. With it, what common-mode correction leaves over remains. Rows or columns share noise
+    of up to 1.5 sigma.
     """
     B, P = tiling.gap_BPHW.shape[:2]
     one = (B, 1, 1, 1)
@@ -254,12 +257,12 @@ def _offsets(
 
 
 def _look_up(table_BPA: Tensor, asic_BPHW: Tensor) -> Tensor:
-    """Return each pixel's value of its ASIC."""
+    """Return for each pixel the value of its ASIC."""
     return table_BPA.flatten(0, 1).gather(1, asic_BPHW.flatten(0, 1).flatten(1)).view_as(asic_BPHW)
 
 
 def _gains(draws: Draws, tiling: Tiling, B: int, P: int, height: int, width: int) -> Tensor:
-    """Draw errors of the gain: 0.5 to 5 % from ASIC to ASIC, 0.1 to 5 % from pixel to pixel."""
+    """Draw gain errors: 0.5 to 5 % from ASIC to ASIC, 0.1 to 5 % from pixel to pixel."""
     between = draws.log_uniform(B, 1, 1, low=0.005, high=0.05)
     table = between * draws.normal(B, P, ASICS * ASICS)
     within = draws.log_uniform(B, 1, 1, 1, low=0.001, high=0.05)
@@ -269,14 +272,14 @@ def _gains(draws: Draws, tiling: Tiling, B: int, P: int, height: int, width: int
 def _numbers(
     draws: Draws, adu: Tensor, tiling: Tiling, e: Electronics, known_bad: Tensor
 ) -> Tensor:
-    """Round, cut off, and mark what is no pixel: the numbers as they are in the file."""
+    """Return the numbers in the file: rounded, cut off, and marked where there is no pixel."""
     one = (len(adu), 1, 1, 1)
     step = e.step_B.clamp(min=1e-6)
     adu = torch.where(e.step_B > 0.0, (adu / step).round() * step, adu)
-    # Counters cannot go below 0; some files of the others do not either (unsigned).
+    # Counters cannot go below 0. Some files of other detectors cannot either: they are unsigned.
     unsigned = e.counting_B | (draws.chance(*one, probability=0.08) & ~e.raw_B)
     adu = torch.where(unsigned, adu.clamp(min=0.0), adu)
-    # Masks are applied to some data: bad pixels are NaN, or 0, and known or not.
+    # Some data are masked: known bad pixels are NaN or 0. Not all bad pixels are known.
     mask = draws.among(*one, weights=(0.65, 0.2, 0.15))
     known_bad = known_bad & draws.chance(*adu.shape, probability=0.8)
     adu = torch.where(known_bad & (mask == 1), torch.nan, adu)

@@ -1,11 +1,11 @@
-"""From spots to labels: which spots are one, which count, and the discs that stand for them.
+"""From spots to labels: which spots count as one, and the discs that stand for them.
 
-A peak finder of this package takes 8-connected components of the class map and their unweighted
-centroids. So each spot is a disc of pixels, with its centroid at the spot's centre, and discs of
-two spots never touch.
+This package's peak finders take the 8-connected components of the class map and their unweighted
+centroids. So each spot becomes a disc of pixels whose centroid is at the spot's centre, and the
+discs of two spots never touch.
 
 Shape legend: M spots or peaks, B events, P panels of an event, N = B*P, H rows, W columns, K rows
-and columns of a window, F radii that are tried.
+and columns of a window, F radii to try.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import torch
 from torch import Tensor
 
 BACKGROUND, PEAK, IGNORED = 0, 1, 255
-"""Labels of pixels; ignored ones do not enter the loss."""
+"""Labels of pixels. Ignored ones do not enter the loss."""
 
 MIN_RADIUS, MAX_RADIUS = 1.55, 3.6
-"""Of discs, pixels. The smallest gives a peak six to nine pixels."""
+"""Smallest and largest radius of a disc, pixels. The smallest disc has six to nine pixels."""
 
 RADIUS_SIGMAS = 1.25
-"""Radius of a disc in widths of the spot: half the height."""
+"""Radius of a disc, in widths of the spot. There the spot has about half of its height."""
 
 MIN_DISTANCE = 2.85
-"""Spots nearer than this are one, pixels: from 2 sqrt(2) on, a pixel lies between any two."""
+"""Spots nearer than this count as one, pixels. From 2 sqrt(2) on, a pixel lies between any two."""
 
 MERGE_SIGMAS = 3.0
-"""Spots nearer than so many widths of the wider one are one: the dip between two equal Gaussians
-vanishes at 2, and is 35 % deep at 3."""
+"""Spots nearer than so many widths of the wider one count as one. The dip between two equal
+Gaussians vanishes at a distance of 2 widths and is 35 % deep at 3."""
 
 _MERGE_REACH = 9
-"""Pixels up to which spots are merged."""
+"""Largest distance at which spots are merged, pixels."""
 
 _TOUCH = 2.0**0.5 + 0.01
 """Distance of diagonal neighbours, pixels."""
 
 _REACH = 11
-"""Pixels within which the largest discs can touch."""
+"""Largest distance at which two discs can touch, pixels."""
 
 _TRIED, _SMALLEST, _LARGEST = 16, 0.75, 1.25
-"""Radii that are tried for a disc, and the first and last in units of the wanted one. That is taken
-whose pixels have their centroid nearest to the centre: at most 0.16 pixels off where there is room,
-0.06 on average."""
+"""How many radii are tried for a disc, and the first and last in units of the wanted radius. The
+best one has the centroid of its pixels nearest to the centre: at most 0.16 pixels off where there
+is room, 0.06 on average."""
 
 
 @dataclass(slots=True)
@@ -56,9 +56,9 @@ class Merged:
     image_M
         (M,) int64, panel of the batch.
     y_M, x_M, photons_M, sigma_M
-        (M,) centre of gravity, photons and rms width (along one axis) of each.
+        (M,) centre of gravity, photons, and rms width along one axis.
     ignored_M
-        (M,) bool: one of its parts was to be ignored.
+        (M,) bool: whether a part of it was to be ignored.
     """
 
     image_M: Tensor
@@ -75,20 +75,19 @@ def disc_radius(sigma_M: Tensor) -> Tensor:
 
 
 def merge_spots(spots: Merged, num_images: int, height: int, width: int) -> Merged:
-    """Merge spots that are too near to one another, each with the brightest it is near to.
+    """Merge spots that are too near to tell apart, each with the brightest one near it.
 
     Parameters
     ----------
     spots
-        Any spots.
+        The spots.
     num_images, height, width
-        Shape of the images; spots may lie outside of them, but do not meet others there by more
-        than 11 pixels.
+        Shape of the images. Spots may lie up to 11 pixels outside of them.
 
     Returns
     -------
     Merged
-        In order of falling brightness of each one's brightest part.
+        Ordered by the brightness of each one's brightest part, brightest first.
     """
     order = torch.argsort(spots.photons_M, descending=True, stable=True)
     image, y, x, photons, sigma, ignored = (
@@ -104,14 +103,14 @@ def merge_spots(spots: Merged, num_images: int, height: int, width: int) -> Merg
     )
     M = len(order)
     number_M = torch.arange(M, device=order.device)
-    # Brighter ones have smaller numbers, so the smallest number near by is the brightest spot.
+    # Brighter spots have smaller numbers, so the smallest number nearby is the brightest spot.
     near = _Neighbours(image, y, x, num_images, height, width, _MERGE_REACH)
     limit = torch.maximum(sigma[:, None], sigma[near.number_MK])
     limit = (MERGE_SIGMAS * limit).clamp(MIN_DISTANCE, float(_MERGE_REACH))
     joins = near.exists_MK & (near.distance_MK < limit) & (near.number_MK < number_M[:, None])
     parent = torch.where(joins, near.number_MK, M).amin(dim=1)
     parent = torch.minimum(parent, number_M)
-    # Chains: each round doubles how far one sees along them.
+    # Each round doubles the length of the chains that are followed.
     for _ in range(5):
         parent = parent[parent]
 
@@ -141,7 +140,7 @@ def draw_labels(
 ) -> Tensor:
     """Draw a disc for each peak; discs whose peaks are far enough apart do not touch.
 
-    Where two would, both become smaller, so that their centroids stay. Peaks at least
+    Where two would touch, both become smaller, so that their centroids stay. Peaks at least
     `MIN_DISTANCE` apart always remain separate.
 
     Parameters
@@ -169,7 +168,7 @@ def draw_labels(
 def paint(
     labels_NHW: Tensor, image_M: Tensor, y_M: Tensor, x_M: Tensor, radius_M: Tensor, value: int
 ) -> Tensor:
-    """Draw discs with a label, over labels that are there; returns new labels, (N, H, W) uint8."""
+    """Draw discs with a label over existing labels; return new labels, (N, H, W) uint8."""
     N, H, W = labels_NHW.shape
     near = _Neighbours(image_M, y_M, x_M, N, H, W, _REACH)
     room_MK = (near.distance_MK - _TOUCH).clamp(min=0.0)
@@ -188,12 +187,12 @@ def paint(
     factor_F = torch.linspace(_SMALLEST, _LARGEST, _TRIED, device=y_M.device)
     radius2_MF = (wanted_M[:, None] * factor_F).square()
     tried_MFKK = (distance2_MKK[:, None] <= radius2_MF[..., None, None]) | holds_KK
-    # How many pixels, and their offsets' sum, by rows and by columns.
+    # The number of pixels, and the sum of their offsets, by rows and by columns.
     rows_MFK, columns_MFK = tried_MFKK.sum(dim=3), tried_MFKK.sum(dim=2)
     count_MF = rows_MFK.sum(dim=2)
     error_y_MF = (rows_MFK * off_y_MK1.transpose(1, 2)).sum(dim=2) / count_MF
     error_x_MF = (columns_MFK * off_x_M1K).sum(dim=2) / count_MF
-    # Between near equals the one of the wanted size.
+    # Among near equals, the one of the wanted size.
     error_MF = error_y_MF.square() + error_x_MF.square() + 0.02 * (factor_F - 1.0).square()
     best_M = error_MF.argmin(dim=1)
     number_M = torch.arange(len(y_M), device=y_M.device)
@@ -211,7 +210,7 @@ def window_pixels(
 ) -> Tensor:
     """Return the flat indices of the pixels of a window around each point, (M, K, K) int64.
 
-    What lies outside of its image has the index behind the last pixel.
+    Pixels outside of the image get the index behind the last pixel.
     """
     N, H, W = shape_NHW
     row_MK1 = (y_M.round().long()[:, None] + offset_K)[:, :, None]
@@ -222,17 +221,17 @@ def window_pixels(
 
 
 class _Neighbours:
-    """For each of M points, which points lie in the window around it.
+    """For each of M points, the points in the window around it.
 
-    Each pixel remembers the point that it holds (of several the one with the smallest number), and
-    each point looks at the pixels around its own.
+    Each pixel remembers the point that it holds (if there are several, the one with the smallest
+    number), and each point looks at the pixels around its own.
 
     Attributes
     ----------
     number_MK
-        (M, K) int64, of the point in each pixel of the window; 0 where there is none.
+        (M, K) int64, number of the point in each pixel of the window; 0 where there is none.
     exists_MK
-        (M, K) bool: there is one, and another one than the point itself.
+        (M, K) bool: whether there is a point, other than the point itself.
     distance_MK
         (M, K) float32, pixels.
     """
@@ -241,7 +240,7 @@ class _Neighbours:
         self, image_M: Tensor, y_M: Tensor, x_M: Tensor, N: int, H: int, W: int, reach: int
     ) -> None:
         M, device = len(image_M), image_M.device
-        # Points outside of the images are kept apart on a border, and one window around that.
+        # Points outside of the images lie on a border, with one more window around it.
         border = 12
         edge = border + reach
         rows, columns = H + 2 * edge, W + 2 * edge

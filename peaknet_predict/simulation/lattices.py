@@ -17,13 +17,14 @@ from peaknet_predict.simulation.cameras import Cameras
 from peaknet_predict.simulation.draws import Draws
 
 CELL = 4
-"""Edge of a grid cell, pixels. A cell finds the one lattice point that is nearest to it."""
+"""Edge of a grid cell, pixels. Each cell finds the one lattice point that is nearest to it."""
 
 MARGIN = 8
-"""Pixels around a panel on which spots are placed too: their tails reach it. Whole cells."""
+"""Pixels around a panel on which spots are placed too, because their tails reach it. Whole
+cells."""
 
 MAX_CRYSTALS = 3
-"""In one shot."""
+"""Most crystals in one shot."""
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class Reflections:
     h_BCPG, k_BCPG, l_BCPG
         Miller indices, as float32.
     y_BCPG, x_BCPG
-        Where the ray falls, pixel indices of the panel.
+        Where the ray hits the panel, pixel indices.
     q2_BCPG
         Squared 1/d, inverse square Angstrom.
     excitation_BCPG
@@ -43,7 +44,7 @@ class Reflections:
     polarisation_BCPG
         Share of the intensity that horizontal polarisation leaves.
     exists_BCPG
-        bool; False where the nearest lattice point's ray falls outside of the cell.
+        bool; False where the ray of the nearest lattice point misses the cell.
     """
 
     h_BCPG: Tensor
@@ -60,11 +61,11 @@ class Reflections:
 def find_reflections(cameras: Cameras, axes_BC33: Tensor, height: int, width: int) -> Reflections:
     """Find the reflections of crystals on panels.
 
-    Not every reflection is tried, but every place: each cell of a grid over the panel asks which
-    lattice point is nearest to the point of the Ewald sphere that its centre sees, and owns that
-    point if its ray falls into the cell. So the work does not depend on the size of the cell, and
-    all events of a batch have as many candidates. Reflections that fall into a cell but are not the
-    nearest to its centre are missed: none near the sphere, where spots are 6 pixels apart.
+    The search goes over places, not over reflections. A grid covers the panel. Each of its cells
+    takes the point of the Ewald sphere that its centre sees, finds the nearest lattice point, and
+    owns it if its ray hits the cell. So the work does not depend on the unit cell, and all events
+    of a batch have equally many candidates. Reflections that hit a cell without being nearest to
+    its centre are missed; near the sphere there are none, since spots are 6 pixels apart.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def find_reflections(cameras: Cameras, axes_BC33: Tensor, height: int, width: in
     axes_BC33
         Rows a, b, c in the laboratory frame, Angstrom.
     height, width
-        Of a panel, pixels; the grid reaches `MARGIN` beyond it.
+        Pixels of a panel. The grid reaches `MARGIN` beyond it.
     """
     grid_y, grid_x = _grid(cameras, height, width)
     top, left = cameras.top_BP[:, None, :, None], cameras.left_BP[:, None, :, None]
@@ -102,7 +103,7 @@ def find_reflections(cameras: Cameras, axes_BC33: Tensor, height: int, width: in
         q2_BCPG=q2,
         excitation_BCPG=length - k_in,
         polarisation_BCPG=1.0 - (q_x / length).square(),
-        # The beam itself is none.
+        # The direct beam is no reflection.
         exists_BCPG=own & (q2 > 1e-7) & (k_z > 0.0),
     )
 
@@ -117,7 +118,7 @@ def draw_axes(draws: Draws, longest_axis_B: Tensor) -> Tensor:
 
 
 def absent(draws: Draws, reflections: Reflections) -> Tensor:
-    """Return which reflections the centring of the event's cell forbids: half are primitive."""
+    """Return which reflections the centring of the event's cell forbids; half are primitive."""
     r = reflections
     h, k, ell = (index.remainder(2.0) == 1.0 for index in (r.h_BCPG, r.k_BCPG, r.l_BCPG))
     centring = draws.among(len(h), 1, 1, 1, weights=(0.55, 0.15, 0.2, 0.1))
@@ -159,8 +160,8 @@ def _matrix(quaternion: Tensor) -> Tensor:
 def _axes(draws: Draws, longest_axis_B: Tensor) -> Tensor:
     """Draw unit cells: (B, 3, 3), rows a, b, c in Angstrom, in a frame of the crystal.
 
-    Axis ratios from 0.25 to 1, at least 25 Angstrom each; angles are right in half of the cells,
-    otherwise 90 +- 30 degrees (120 of hexagonal cells among them).
+    Axes are 0.25 to 1 times the longest one, at least 25 Angstrom. Each angle is right in seven of
+    ten cases, otherwise 90 +- 30 degrees (among them the 120 of hexagonal cells).
     """
     B = len(longest_axis_B)
     ratio = draws.log_uniform(B, 2, low=0.25, high=1.0)
@@ -169,7 +170,7 @@ def _axes(draws: Draws, longest_axis_B: Tensor) -> Tensor:
     oblique = draws.chance(B, 3, probability=0.3) * draws.uniform(B, 3, low=-0.5, high=0.5)
     cos_a, cos_b, cos_g = oblique.unbind(1)
     # a along x, b in the x-y plane, as in `sources.diffraction.reciprocal_basis`. Cosines of at
-    # most a half leave a positive volume, but in a corner that the clamp takes care of.
+    # most a half leave a positive volume, except in a corner that the clamp removes.
     sin_g = (1.0 - cos_g.square()).sqrt()
     c_y = (cos_a - cos_b * cos_g) / sin_g
     c_z = (1.0 - cos_b.square() - c_y.square()).clamp(min=0.1).sqrt()

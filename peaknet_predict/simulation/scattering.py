@@ -1,4 +1,4 @@
-"""Scattering that depends on the angle alone: air, solvent, rings of powders, and their grain.
+"""Scattering that depends on the angle alone: air, solvent, powder rings and their grain.
 
 Shape legend: B events, P panels of an event, H rows, W columns, Q places of a radial profile, R
 rings. Parameters of an event are (B, 1, 1, 1), or (B, 1) for profiles.
@@ -16,20 +16,21 @@ from torch import Tensor
 from peaknet_predict.simulation.draws import Draws
 
 ICE_Q = tuple(1.0 / d for d in (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88))
-"""1/d of the first reflections of hexagonal ice, inverse Angstrom (d spacings that programs mask,
-as in Thorn et al., Acta Cryst. D73 (2017) 729)."""
+"""1/d of the first reflections of hexagonal ice, inverse Angstrom: the d spacings that programs
+mask (Thorn et al., Acta Cryst. D73 (2017) 729)."""
 
 _OTHER_RINGS = 4
-"""Sharp rings of an event besides those of ice, at most: lipidic phases, grease, powders."""
+"""Most sharp rings of an event besides those of ice: lipidic phases, grease, powders."""
 
 _PLACES = 4096
-"""Of a radial profile: 2e-4 inverse Angstrom apart at most, a quarter of the sharpest ring."""
+"""Places of a radial profile. They are at most 2e-4 inverse Angstrom apart, a quarter of the width
+of the sharpest ring."""
 
 
 def draw_scattering(draws: Draws, q_BPHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw radial scattering: smooth, and in sharp rings, both in units of the flat background.
+    """Draw radial scattering, smooth and in sharp rings, in units of the flat background.
 
-    Profiles are computed once for each event and looked up by each pixel.
+    Profiles are computed once per event; pixels look their values up.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def _smooth(draws: Draws, q: Tensor) -> Tensor:
     other = weight(draws, B, 1, probability=0.4, low=0.2, high=10.0)
     centre = draws.uniform(B, 1, low=0.15, high=0.33)
     other = other * _bell(q, centre, draws.uniform(B, 1, low=0.012, high=0.05))
-    # Fluorescence and scatter of the surroundings are flat; always some.
+    # Fluorescence and scatter of the surroundings are flat. There is always some.
     return 1.0 + air + water + other
 
 
@@ -106,21 +107,21 @@ def _rings(draws: Draws, q: Tensor) -> Tensor:
 
 
 def draw_grain(draws: Draws, B: int, P: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Draw the grain of powder rings: a factor of mean 1 for each pixel, and its deviation.
+    """Draw the grain of powder rings: a factor of mean 1, and its standard deviation.
 
-    (B, P, H, W) and (B, 1, 1, 1). Grains are 2 to 3 pixels wide; a ring of few crystals has
-    exponentially distributed ones.
+    (B, P, H, W) and (B, 1, 1, 1). Grains are 2 to 3 pixels wide. With few crystals in a ring they
+    are exponentially distributed.
     """
     coarse = draws.exponential(B * P, 1, -(-height // 2), -(-width // 2))
     grain = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     depth = draws.chance(B, 1, 1, 1, probability=0.4) * draws.uniform(B, 1, 1, 1)
-    # Interpolation averages over neighbours: 0.625 of the deviation stays (each axis keeps
-    # (3/4)^2 + (1/4)^2 of the variance).
+    # Interpolation averages over neighbours, and 0.625 of the deviation is left: each axis keeps
+    # (3/4)^2 + (1/4)^2 of the variance.
     return 1.0 + depth * (grain.view(B, P, height, width) - 1.0), 0.625 * depth
 
 
 def draw_unevenness(draws: Draws, y: Tensor, x: Tensor) -> Tensor:
-    """Draw how strong rings are around the beam: preferred orientations, one to four waves."""
+    """Draw how rings vary around the beam: preferred orientations, with one to four maxima."""
     B = len(y)
     uneven = draws.chance(B, 1, 1, 1, probability=0.5) * draws.uniform(B, 1, 1, 1)
     waves = draws.among(B, 1, 1, 1, weights=(0.4, 0.3, 0.2, 0.1)) + 1.0

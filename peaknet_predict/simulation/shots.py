@@ -1,7 +1,7 @@
-"""Simulated shots with labels, batch after batch, made where the network trains.
+"""Simulated shots with labels, batch after batch, made on the device that trains.
 
-Every event of a batch has its own detector, beam, crystals, background and defects: a network that
-sees none of them twice cannot learn any of them by heart. Nothing is read from files.
+Every event has its own detector, beam, crystals, background and defects. The network never sees one
+twice, so it cannot learn any by heart. Nothing is read from files.
 
 Shape legend: B events, P panels of an event, N = B*P, H rows, W columns, M spots.
 """
@@ -25,27 +25,28 @@ from peaknet_predict.simulation.truth import EMPTY_VARIANCE, Scene, judge, label
 
 ANY_SIGMAS, USUAL_SIGMAS = (0.5, 5000.0), (5.0, 150.0)
 """Height of an event's average full reflection at zero angle, in standard deviations of its
-background: four decades, as hits in one run have; and where most are, and finders differ."""
+background. The first range spans four decades, as the hits of one run do. Most hits lie in the
+second, and there peak finders differ."""
 
 FAINTEST_SIGMAS = 0.25
-"""Height of the faintest spots that are drawn at all."""
+"""Height of the faintest spots that are simulated, in the same unit."""
 
 
 @dataclass(slots=True)
 class LabelledShots:
-    """Shots of one batch, and the truth.
+    """The shots of one batch, and what is true of them.
 
     Attributes
     ----------
     images_BPHW
-        (B, P, H, W) float32, detector counts as they are delivered: with offsets, gains, defects,
-        and NaN where there is no pixel.
+        (B, P, H, W) float32, detector counts as a detector delivers them: with offsets, gains and
+        defects, and NaN where there is no pixel.
     labels_BPHW
-        (B, P, H, W) uint8, `labels.BACKGROUND` (0), `labels.PEAK` (1) or `labels.IGNORED` (255),
-        which is to be left out of the loss.
+        (B, P, H, W) uint8: `labels.BACKGROUND` (0), `labels.PEAK` (1) or `labels.IGNORED` (255).
+        The loss leaves ignored pixels out.
     peaks_M4
-        (M, 4) float32: event, panel, y, x of spots whose `snr` is at least 1 and whose centre is
-        on a pixel of the panel. Spots that cannot be told apart are listed as one.
+        (M, 4) float32: event, panel, y, x of the spots whose `snr` is at least 1 and whose centre
+        lies on a pixel of the panel. Spots that cannot be told apart are listed as one.
     snr_M
         (M,) float32: expected height of a spot's brightest pixel in standard deviations of a pixel
         with the same background and readout noise but no spot, as in
@@ -64,13 +65,14 @@ class ShotSimulator:
     Parameters
     ----------
     panels, height, width
-        Shape of an event: crops of one detector at random places, rows and columns of each.
+        Shape of an event: panels cut from one detector at random places, and rows and columns of
+        each.
     hit_fraction
         Probability that an event has spots.
     seed
         Seed of the series.
     domain
-        'held_out' draws from detectors and cells that 'training' never has: pixels of 72 to 80
+        'held_out' draws detectors and cells that 'training' never contains: pixels of 72 to 80
         micrometres, sensors of 180 to 200 pixels with gaps of 3 to 5, 24 to 36 ADU per photon,
         readout noise of 0.15 to 0.25 photons, steps of 4, 0.5 or 0.01 ADU, and cells whose longest
         edge is 85 to 105 Angstrom.
@@ -78,7 +80,7 @@ class ShotSimulator:
     Raises
     ------
     ValueError
-        If a number lies outside of its range.
+        If a parameter lies outside of its range.
     """
 
     def __init__(
@@ -106,8 +108,8 @@ class ShotSimulator:
     def shots(self, index: int, batch_size: int, device: torch.device) -> LabelledShots:
         """Make a batch.
 
-        The same arguments give the same batch, up to the rounding of sums on a GPU, whichever
-        batches were made before.
+        The same arguments give the same batch whichever batches were made before, up to the
+        rounding of sums on a GPU.
 
         Parameters
         ----------
@@ -116,7 +118,7 @@ class ShotSimulator:
         batch_size
             Events.
         device
-            Where everything is made.
+            Where all tensors are made.
         """
         P, H, W = self._shape
         B, domain = batch_size, self._domain
@@ -128,7 +130,7 @@ class ShotSimulator:
         mean_B = background.photons_BPHW.mean(dim=(1, 2, 3), keepdim=True)
         electronics = draw_electronics(draws, mean_B, domain)
 
-        # The brightness of a hit is drawn in terms of what can be seen on its background.
+        # The brightness of a hit is relative to the noise of its background.
         noise_B = (mean_B + EMPTY_VARIANCE + electronics.noise_B.square()).sqrt().flatten()
         any_B, usual_B = (
             draws.log_uniform(B, low=low, high=high) for low, high in (ANY_SIGMAS, USUAL_SIGMAS)
@@ -138,7 +140,7 @@ class ShotSimulator:
         shapes = draw_shapes(draws, cameras, spots)
         y_M, x_M, sigma_M = shapes.moments()
         event_M = torch.div(spots.image_M, P, rounding_mode="floor")
-        # A spot's photons are its height times 2 pi sigma^2.
+        # A Gaussian spot's photons are its height times 2 pi sigma^2.
         photons_M = (height_B * noise_B)[event_M] * spots.strength_M * 6.2832 * sigma_M.square()
         planted_NHW = render(spots.image_M, shapes, photons_M, B * P, H, W)
         planted = planted_NHW.view(B, P, H, W) * background.transmission_BPHW
@@ -150,7 +152,7 @@ class ShotSimulator:
         scene = Scene(background, tiling, readout, planted)
         peak_M, ignored_M = judge(merged, scene)
         snr_M, on_pixel_M = local_snr(merged, scene)
-        # Wide and faint: no pixel of it stands out, only all of them together.
+        # Wide and faint spots: no single pixel stands out, only all of them together.
         blurred_M = peak_M & (snr_M < 1.0)
         listed = torch.nonzero((snr_M >= 1.0) & on_pixel_M).squeeze(1)
         image = merged.image_M[listed]

@@ -1,4 +1,4 @@
-"""The shapes of spots, and their photons on the pixels.
+"""The shapes of spots, and how their photons fall on pixels.
 
 Shape legend: B events, N panels of the batch, H rows, W columns, M spots, J components of a spot, K
 rows and columns of the window around it.
@@ -17,21 +17,21 @@ from peaknet_predict.simulation.draws import Draws
 from peaknet_predict.simulation.lattices import MARGIN
 
 RADIUS = 11
-"""Pixels on each side of the central one that a spot's window has."""
+"""Pixels of a spot's window on each side of the central one."""
 
 _STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Places of the components along a spot's streak, in units of `_STEP`."""
 
 _STEP = 0.5**0.5
-"""Makes the components' standard deviation along the streak 1."""
+"""With it the components have a standard deviation of 1 along the streak."""
 
 _CHUNK = 32768
-"""Spots that are drawn at once: bounds the memory of shots with very many."""
+"""Spots that are drawn at once, which bounds the memory for shots with very many."""
 
 
 @dataclass(slots=True)
 class Shapes:
-    """M spots as the detector spreads them: Gaussians in a row, and a wide one for the tail.
+    """M spots as the detector spreads them: Gaussians in a row, and a wide one as tail.
 
     Attributes
     ----------
@@ -57,20 +57,20 @@ class Shapes:
 
 
 def draw_shapes(draws: Draws, cameras: Cameras, spots: Spots) -> Shapes:
-    """Draw the shapes of spots: alike within an event, with differences from spot to spot."""
+    """Draw the shapes of spots: similar within an event, different from spot to spot."""
     B, P = cameras.top_BP.shape
     event = torch.div(spots.image_M, P, rounding_mode="floor")
     M = len(event)
-    # Beam and crystal 10 to 300 micrometres wide at the detector; charge sharing and point spread
-    # 0.15 to 0.55 pixels, so that many spots have nearly all in two or three pixels, as on a CSPAD.
-    # Experimenters keep spots apart: at most a fifth of their distance.
+    # Beam and crystal are 10 to 300 micrometres wide at the detector. Charge sharing and point
+    # spread add 0.15 to 0.55 pixels, so that many spots fill only two or three pixels, as on a
+    # CSPAD. Experimenters keep spots apart, so they are at most a fifth of their distance wide.
     physical = draws.log_uniform(B, low=10.0, high=300.0) / cameras.pixel_um_B
     spread = draws.uniform(B, low=0.15, high=0.55)
     sigma_B = (physical.square() + spread.square()).sqrt()
     sigma_B = torch.minimum(sigma_B.clamp(0.2, 3.0), 0.2 * cameras.spacing_px_B)
     sigma = (sigma_B[event] * torch.exp(0.12 * draws.normal(M))).clamp(0.2, 3.0)
 
-    # Streaks: radial (bandwidth), tangential (mosaic spread), or all one way (a jet, the pulse).
+    # Streaks are radial (bandwidth), tangential (mosaic spread), or all in one direction.
     kind = draws.among(B, weights=(0.45, 0.22, 0.18, 0.15))[event]
     slope = draws.normal(B, 2)
     slope = (slope / slope.norm(dim=1, keepdim=True))[event]
@@ -79,14 +79,14 @@ def draw_shapes(draws: Draws, cameras: Cameras, spots: Spots) -> Shapes:
     rho = (y.square() + x.square()).sqrt().clamp(min=1.0)
     along_y = torch.where(kind == 1, y, torch.where(kind == 2, x, slope[:, 0] * rho)) / rho
     along_x = torch.where(kind == 1, x, torch.where(kind == 2, -y, slope[:, 1] * rho)) / rho
-    # Radially and tangentially they grow with the angle.
+    # Radial and tangential ones grow with the angle.
     growth = torch.where(kind == 3, 1.0, (rho / cameras.distance_px_B[event] * 3.0).clamp(max=1.5))
     length = draws.log_uniform(B, low=0.4, high=4.0)[event] * growth * (kind > 0)
     length = length + draws.chance(M, probability=0.06) * draws.uniform(M, low=0.5, high=2.5)
     length = torch.minimum(length, 2.5 * sigma + 0.5).clamp(max=4.0)
 
     steps = torch.stack([torch.full_like(sigma, step * _STEP) for step in _STEPS], dim=1)
-    # Uneven shares: the crystal's blocks are. A sixth of the events has tails as well.
+    # Shares are as uneven as the crystal's blocks. A sixth of the events also has tails.
     uneven = torch.exp(draws.log_uniform(B, low=0.05, high=0.8)[event, None] * draws.normal(M, 5))
     uneven = uneven / uneven.sum(dim=1, keepdim=True)
     tail = draws.chance(B, probability=1 / 6) * draws.uniform(B, low=0.05, high=0.35)
@@ -107,15 +107,15 @@ def render(
 ) -> Tensor:
     """Add up the photons that pixels expect from spots.
 
-    A Gaussian's share of a pixel is the product of integrals along y and x (error functions); a
-    spot's window is the sum of its components' products, one small matrix product per spot.
+    A pixel's share of a Gaussian is the product of its integrals along y and x (error functions). A
+    spot's window sums these products over its components: one small matrix product per spot.
 
     Parameters
     ----------
     image_M
         (M,) int64, panel of the batch, below `num_images`.
     shapes
-        Of the spots; centres at most `MARGIN` outside of the panel.
+        Their shapes; centres lie at most `MARGIN` outside of the panel.
     photons_M
         (M,) expected photons of each spot.
     num_images, height, width
@@ -130,7 +130,7 @@ def render(
     rows, columns = height + 2 * border, width + 2 * border
     photons = torch.zeros(num_images * rows * columns, device=image_M.device)
     offset_K = torch.arange(-RADIUS, RADIUS + 1, device=image_M.device)
-    # To 0 at the window's edge, so that the brightest spots have none.
+    # Falls to 0 at the edge of the window, so that the brightest spots show no edge.
     taper_K = (1.0 - (offset_K / (RADIUS + 1)) ** 6)[None, :, None]
     for start in range(0, len(image_M), _CHUNK):
         part = slice(start, start + _CHUNK)

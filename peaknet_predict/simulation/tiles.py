@@ -1,4 +1,4 @@
-"""How detectors are tiled: panels smaller than the frame, gaps, ASICs, larger pixels at borders.
+"""How detectors are tiled: small panels, gaps, ASICs, and larger pixels at their borders.
 
 Shape legend: B events, P panels of an event, H rows, W columns, A ASICs along one axis.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from peaknet_predict.simulation.draws import Band, Domain, Draws
 
 TILE_PX = Band(60.0, 600.0, 179.51, 200.49)
-"""Edge of a sensor, pixels, before rounding: 128 of AGIPD, 256 of Jungfrau's and Eiger's chips, 487
-of Pilatus. Held out: those of CSPAD, 185 and 194."""
+"""Edge of a sensor, pixels, before rounding: 128 for AGIPD, 256 for the chips of Jungfrau and
+Eiger, 487 for Pilatus. Held out: 185 and 194, of CSPAD."""
 
 GAP_PX = Band(1.0, 40.0, 2.51, 5.49)
-"""Insensitive pixels between sensors, before rounding. Held out: 3 to 5, CSPAD's and ePix10k's."""
+"""Insensitive pixels between sensors, before rounding. Held out: 3 to 5, of CSPAD and ePix10k."""
 
 ASICS = 8
-"""ASICs along an axis that are told apart; they repeat beyond."""
+"""Different ASICs along an axis; beyond, they repeat."""
 
 
 @dataclass(slots=True)
@@ -30,11 +30,11 @@ class Tiling:
     Attributes
     ----------
     on_panel_BPHW
-        bool; False outside of a panel that is smaller than the frame.
+        bool; False where a panel is smaller than the frame.
     gap_BPHW
         bool; insensitive pixels between sensors.
     area_BPH1, area_BP1W
-        Size of a pixel along y and x, in units of the usual one.
+        Size of a pixel along y and x, relative to the usual one.
     asic_BPHW
         int64, 0 ... `ASICS`^2 - 1.
     border_BPHW
@@ -52,11 +52,11 @@ class Tiling:
 def draw_tiling(
     draws: Draws, batch_size: int, panels: int, height: int, width: int, domain: Domain
 ) -> Tiling:
-    """Draw the tilings of a batch: one kind of sensor for an event, anywhere under its frames."""
+    """Draw the tilings of a batch: one kind of sensor per event, at any place in its frames."""
     B = batch_size
-    # Along each axis, half of the sensors are larger than the frame and without seams.
+    # Along each axis, half of the events have sensors larger than the frame, without seams.
     tiled_y, tiled_x = draws.chance(B, probability=0.5), draws.chance(B, probability=0.5)
-    # Wider pixels (1.5, 2 or 3 times) at the seams of ASICs of one sensor, in half of the events.
+    # Half of the events have wider pixels (1.5, 2 or 3 times) where two ASICs of a sensor meet.
     seam = draws.among(B, weights=(0.5, 0.1, 0.3, 0.1))
     extra = torch.where(seam == 1, 0.5, torch.where(seam == 2, 1.0, 2.0)) * (seam > 0)
     y = _draw_axis(draws, tiled_y, extra, panels, height, domain)
@@ -71,10 +71,10 @@ def draw_tiling(
 def _draw_axis(
     draws: Draws, tiled_B: Tensor, extra_B: Tensor, panels: int, size: int, domain: Domain
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Draw one axis: on the panel, in a gap, ASIC, size of the pixel, at a border; (B, P, size)."""
+    """Draw one axis, (B, P, size) each: on the panel, in a gap, ASIC, pixel size, at a border."""
     B, P = len(tiled_B), panels
     position = torch.arange(size, device=draws.device)
-    # A fifth of the panels is smaller than the frame: in its middle, or at its start.
+    # A fifth of the panels is smaller than the frame, and lies in its middle or at its start.
     length = (size * draws.uniform(B, P, 1, low=0.4, high=1.0)).round()
     length = torch.where(draws.chance(B, P, 1, probability=0.2), length, float(size))
     slack = size - length
@@ -99,5 +99,5 @@ def _draw_axis(
     area = 1.0 + extra_B[:, None, None] * (at_seam & tiled)
     asic = (number * asics + (within / chip).floor()).long()
     outermost = ((within < 1.0) | ((within >= tile - 1.0) & ~in_gap)) & tiled
-    # Without tiles there is one ASIC.
+    # Without tiling there is one ASIC.
     return on_panel, in_gap, (asic * tiled).remainder(ASICS), area, outermost & on_panel

@@ -1,7 +1,7 @@
-"""The truth of simulated shots: which spots are peaks, which are too faint to ask for.
+"""Labels of simulated shots: which spots are peaks, and which are too faint to demand.
 
-A spot is judged by what was measured, as somebody would who knows where to look: by a matched
-filter over its pixels, with the background's and the readout's noise, and that of other spots.
+A spot is judged by what was measured, as an observer who knows where to look would judge it: a
+matched filter over its pixels weighs it against the noise of background, readout and other spots.
 
 Shape legend: B events, P panels of an event, N = B*P, H rows, W columns, M spots, K pixels of the
 window around a spot, C channels.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peaknet_predict.simulation.backgrounds import Background
-from peaknet_predict.simulation.electronics import Readout
+from peaknet_predict.simulation.electronics import MeasuredFrames
 from peaknet_predict.simulation.labels import (
     IGNORED,
     PEAK,
@@ -29,24 +29,26 @@ from peaknet_predict.simulation.spot_shapes import pixel_share
 from peaknet_predict.simulation.tiles import Tiling
 
 PEAK_SIGNIFICANCE, FAINT_SIGNIFICANCE = 4.5, 3.0
-"""Signal-to-noise ratio, as a matched filter has it, from which on a spot is a peak, and from which
-on it is ignored; below it is background. At 4.5, noise alone reaches one of 65536 places in every
-fifth panel: there the network has to weigh noise and spots; at 3, nobody could tell."""
+"""Signal-to-noise ratios of the matched filter. A spot above the first is a peak, between the two
+it is ignored, and below the second it is background. In a panel of 65536 places, noise alone
+reaches 4.5 once in five panels: there the network has to weigh noise against spots. At 3, nobody
+could tell them apart."""
 
 PEAK_PHOTONS, FAINT_PHOTONS = 4.0, 2.0
-"""Photons that a peak, and an ignored one, has at least: on an empty background a photon, or two in
-neighbouring pixels, would have any significance."""
+"""Fewest photons of a peak, and of an ignored spot. On an empty background one photon, or two in
+neighbouring pixels, would otherwise reach any significance."""
 
 MAX_ON_ONE_PIXEL = 0.85
-"""Share of a peak's photons that its brightest pixel has at most. Beyond it, nothing tells the spot
-from a hot pixel, and it is ignored; in two pixels it is a peak: hot ones rarely come in pairs."""
+"""Largest share of a peak's photons in its brightest pixel. A spot with more cannot be told from a
+hot pixel and is ignored. A spot in two pixels is a peak: hot pixels rarely come in pairs."""
 
 EMPTY_VARIANCE = 0.1
-"""Variance (square photons) that a pixel has at least, when significance is judged. Normal
-statistics are off where almost no photons are expected."""
+"""Least variance of a pixel when significance is judged, square photons. Normal statistics fail
+where almost no photons are expected."""
 
 LEAST_VARIANCE = 1e-4
-"""Square photons, in `LabelledShots.snr_M`: behind a beam stop a counter has none at all."""
+"""Least variance of a pixel in `LabelledShots.snr_M`, square photons. Behind a beam stop, a counter
+has no noise at all."""
 
 _STRUCTURE = 0.5
 """Share of a background's difference from its surroundings that counts as noise."""
@@ -55,13 +57,13 @@ _REACH = 6
 """Pixels on each side of a spot over which its significance is judged."""
 
 _VISIBLE_REACH = 9
-"""Pixels on each side of an ignored spot within which what is seen of it is ignored."""
+"""Pixels on each side of an ignored spot within which what is visible of it is ignored."""
 
 _MAX_BAD_SHARE = 0.35
-"""Of a spot's photons, on pixels that say nothing; beyond it is ignored."""
+"""Largest share of a spot's photons on bad pixels. A spot with more is ignored."""
 
 _MAX_SATURATED_PIXELS = 45
-"""Of a spot at the plateau; beyond it is a blob, and ignored."""
+"""Most saturated pixels of a spot. A spot with more is a blob, and ignored."""
 
 
 @dataclass(slots=True)
@@ -71,14 +73,14 @@ class Scene:
     Attributes
     ----------
     background, tiling, readout
-        What was seen besides spots, by which pixels, and what was read out.
+        What the detector sees besides spots, its pixels, and what it recorded.
     planted_BPHW
-        Photons that pixels of the usual size expect from spots, shadows included.
+        Photons from spots that pixels of the usual size expect, behind shadows.
     """
 
     background: Background
     tiling: Tiling
-    readout: Readout
+    readout: MeasuredFrames
     planted_BPHW: Tensor
 
     @property
@@ -99,13 +101,14 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     Returns
     -------
     peak_M, ignored_M
-        (M,) bool: to be found; neither to be found nor wrong. The others are background.
+        (M,) bool each. A peak must be found. An ignored spot may be found or not. All others are
+        background.
     """
     readout, tiling, background = scene.readout, scene.tiling, scene.background
     area = scene.area_BPHW
     expected = background.photons_BPHW * area
-    # Grains of rings hide spots like noise does, and so do crests and edges: whoever looks does not
-    # know the background but from the pixels around. A slope differs from their mean by nothing.
+    # Grainy rings hide spots as noise does, and so do crests and edges: an observer knows the
+    # background only from the pixels around. A slope does not differ from their mean.
     around = F.avg_pool2d(expected, 7, stride=1, padding=3, count_include_pad=False)
     variance = scene.noise2_BPHW + (background.grain_BPHW * area).square()
     variance = variance + (_STRUCTURE * (expected - around)).square()
@@ -120,10 +123,10 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     ]
     windows, share = _windows(torch.stack(images, dim=2).flatten(0, 1), spots)
     excess, variance, planted, seen_share, usable, saturated, real = windows.unbind(1)
-    # What the pixel sees of the spot, and of others; their noise is in the way too.
+    # What each pixel sees of the spot, and of others, whose noise is in the way too.
     profile = share * seen_share * usable
     others = planted - spots.photons_M[:, None] * share * seen_share
-    # Outside of the frame is nothing, not even variance.
+    # Outside of the frame there is nothing, not even variance.
     variance = variance.clamp(min=EMPTY_VARIANCE) + others.clamp(min=0.0)
     excess = (excess - others) * usable
     weight = profile / variance
@@ -137,7 +140,7 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
     clear &= share.amax(dim=1) <= MAX_ON_ONE_PIXEL
     clear &= ~spots.ignored_M & (saturated.sum(dim=1) <= _MAX_SATURATED_PIXELS)
     faint = (significance >= FAINT_SIGNIFICANCE) & (photons >= FAINT_PHOTONS)
-    # Of spots that are mostly on bad pixels, nobody knows what may be seen.
+    # Nobody can say what is visible of spots that lie mostly on bad pixels.
     hidden = (share * usable).sum(dim=1) < 1.0 - _MAX_BAD_SHARE
     on_panel = (share * real).sum(dim=1) > 0.05
     peak = clear & ~hidden
@@ -147,8 +150,9 @@ def judge(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
 def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, scene: Scene) -> Tensor:
     """Draw the labels of judged spots, (B, P, H, W) uint8.
 
-    A plateau that spots have filled is ignored beyond their discs: nothing on it tells its middle
-    from its rim. So is what is seen of ignored spots: the halves beside a gap are no background.
+    Beyond the discs, pixels that spots have saturated are ignored: nothing tells the middle of a
+    plateau from its rim. What is visible of ignored spots is ignored as well: the halves beside a
+    gap are no background.
     """
     B, P, H, W = scene.planted_BPHW.shape
     radius = disc_radius(spots.sigma_M)
@@ -170,9 +174,9 @@ def label(spots: Merged, peak_M: Tensor, ignored_M: Tensor, scene: Scene) -> Ten
 
 
 def local_snr(spots: Merged, scene: Scene) -> tuple[Tensor, Tensor]:
-    """Return each spot's height over the noise, (M,), and whether its centre is on a pixel.
+    """Return each spot's height over the noise, and whether its centre is on a pixel; (M,) each.
 
-    The height is that of the brightest of the nine pixels around the centre.
+    The height is that of the brightest among the nine pixels around the centre.
     """
     tiling = scene.tiling
     H, W = tiling.gap_BPHW.shape[2:]

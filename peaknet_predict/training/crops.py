@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 _LISTS = ("nPeaks", "peakXPosRaw", "peakYPosRaw")
 _BEYOND_PX = 5.0
-"""Peaks whose centres lie so far outside of a crop reach into it."""
+"""Distance outside of a crop up to which a peak may reach into it, pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class CxiFile:
 
 
 @dataclass(slots=True)
-class Crop:
-    """One sample.
+class FrameCrop:
+    """A part of one panel, as a sample to train on.
 
     Attributes
     ----------
@@ -52,8 +52,8 @@ class Crop:
     peaks: npt.NDArray[np.float32]
 
 
-class Crops(Dataset[Crop]):
-    """Crop number n: of one of the events, all of which have their turn before the first again.
+class FrameCrops(Dataset[FrameCrop]):
+    """Crops by number. Every event has its turn before any has its second.
 
     Parameters
     ----------
@@ -62,9 +62,9 @@ class Crops(Dataset[Crop]):
     events
         Number of the file and row in it, of each event.
     height, width
-        Of a crop.
+        Pixels of a crop.
     seed
-        Decides the order of the events, and the places of the crops.
+        Decides the order of the events, and where the crops lie.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Crops(Dataset[Crop]):
         self._files, self._size, self._seed = files, (height, width), seed
         self._open: dict[int, Any] = {}  # every process that reads has its own
 
-    def __getitem__(self, number: int) -> Crop:
+    def __getitem__(self, number: int) -> FrameCrop:
         turn, place = divmod(number, len(self.events))
         order = np.random.default_rng((self._seed, turn)).permutation(len(self.events))
         which, row = self.events[order[place]]
         return self._crop(which, row, np.random.default_rng((self._seed, turn, place, 1)))
 
-    def _crop(self, which: int, row: int, rng: np.random.Generator) -> Crop:
+    def _crop(self, which: int, row: int, rng: np.random.Generator) -> FrameCrop:
         file = self._files[which]
         if which not in self._open:
             self._open[which] = h5py.File(file.path, "r")
@@ -112,7 +112,7 @@ class Crops(Dataset[Crop]):
         y, x = y - top, x - left
         near = on_panel & (y > -_BEYOND_PX) & (y < height + _BEYOND_PX)
         near &= (x > -_BEYOND_PX) & (x < width + _BEYOND_PX)
-        return Crop(pixels, np.column_stack([y[near], x[near]]).astype(np.float32))
+        return FrameCrop(pixels, np.column_stack([y[near], x[near]]).astype(np.float32))
 
 
 def _part(

@@ -16,7 +16,7 @@ from peaknet_predict.simulation.labels import IGNORED, MAX_RADIUS, draw_labels
 from peaknet_predict.simulation.shots import LabelledShots
 from peaknet_predict.sources.base import resolve_paths
 from peaknet_predict.training.augment import turned
-from peaknet_predict.training.crops import Crop, Crops, inspect_file, num_peaks
+from peaknet_predict.training.crops import FrameCrop, FrameCrops, inspect_file, num_peaks
 
 
 class CxiShots(L.LightningDataModule):
@@ -45,7 +45,7 @@ class CxiShots(L.LightningDataModule):
         Distance from the centre at which a typical peak has half its height, in pixels: the radius
         of the disc that the network learns to mark.
     batch_size
-        Crops of a batch, for each process.
+        Crops in a batch, for each process.
     height, width
         Of a crop, multiples of 32 for PeakNet. Smaller panels are filled up with pixels that do not
         count.
@@ -104,18 +104,20 @@ class CxiShots(L.LightningDataModule):
             )
         order = np.random.default_rng(seed).permutation(len(events))
         num_val = max(1, round(val_fraction * len(events)))
-        self._val = Crops(files, [events[i] for i in order[:num_val]], height, width, seed)
-        self._train = Crops(files, [events[i] for i in order[num_val:]], height, width, seed + 1)
+        self._val = FrameCrops(files, [events[i] for i in order[:num_val]], height, width, seed)
+        self._train = FrameCrops(
+            files, [events[i] for i in order[num_val:]], height, width, seed + 1
+        )
 
-    def train_dataloader(self) -> DataLoader[Crop]:
+    def train_dataloader(self) -> DataLoader[FrameCrop]:
         """Return a loader with one crop of every training event, other ones in every epoch."""
         return self._loader(self._train, moves_on=True)
 
-    def val_dataloader(self) -> DataLoader[Crop]:
+    def val_dataloader(self) -> DataLoader[FrameCrop]:
         """Return a loader with one crop of every validation event, always the same."""
         return self._loader(self._val, moves_on=False)
 
-    def _loader(self, crops: Crops, moves_on: bool) -> DataLoader[Crop]:
+    def _loader(self, crops: FrameCrops, moves_on: bool) -> DataLoader[FrameCrop]:
         assert self.trainer is not None
         return DataLoader(
             crops,
@@ -162,7 +164,7 @@ class _Numbers(Sampler[int]):
         yield from (first + k * ranks + self._trainer.global_rank for k in range(self._share))
 
 
-def _collate(crops: list[Crop]) -> LabelledShots:
+def _collate(crops: list[FrameCrop]) -> LabelledShots:
     """Make a batch of one panel an event; labels are drawn later."""
     images_BPHW = torch.from_numpy(np.stack([crop.pixels for crop in crops])[:, np.newaxis])
     rows = [

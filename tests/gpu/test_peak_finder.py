@@ -311,6 +311,7 @@ def test_intensity(dtype: torch.dtype, rng: np.random.Generator) -> None:
             np.testing.assert_array_equal(found.intensity_sum[of_panel], scipy_sums)
 
 
+# The columns that peak properties will use: docs/decisions/peak-intensities-on-the-gpu.md.
 def test_intensity_of_float32_counts_equals_scipy(rng: np.random.Generator) -> None:
     mask_NHW = blobs((4, 352, 384), 50, rng)
     image_NHW = rng.poisson(30, mask_NHW.shape).astype(np.float32)

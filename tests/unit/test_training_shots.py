@@ -22,7 +22,7 @@ from peaknet_predict.simulation.electronics import (
     NOISE_PHOTONS,
     STEP_ADU,
     Electronics,
-    Readout,
+    MeasuredFrames,
     draw_electronics,
     read_out,
     share_charge,
@@ -260,7 +260,9 @@ def scene_of(photons: float, background: float, noise: float) -> tuple[Merged, S
     tiling = Tiling(
         ~never, never, torch.ones(1, 1, 32, 1), torch.ones(1, 1, 1, 32), never.long(), never
     )
-    readout = Readout(planted + flat, planted + flat, torch.full_like(flat, noise), never, never)
+    readout = MeasuredFrames(
+        planted + flat, planted + flat, torch.full_like(flat, noise), never, never
+    )
     seen = Background(flat, torch.zeros_like(flat), torch.ones_like(flat))
     return spots, Scene(seen, tiling, readout, planted)
 
