@@ -297,10 +297,12 @@ class QueueDataModule(L.LightningDataModule):
         cluster, problem = "", None
         if self.trainer.is_global_zero:
             try:
+                if self.source is not None:
+                    self.source.check()
                 cluster = connect(self.address)
                 found = connect_queue(self.queue_address, "events")
                 warn_of_leftovers(found.admin, self.queue_address.name)
-            except (ClusterError, QueueError) as error:
+            except (ClusterError, QueueError, ValueError) as error:
                 problem = error
         group = f"predict:{secrets.token_hex(4)}"
         cluster, group, problem = strategy.broadcast((cluster, group, problem))

@@ -20,6 +20,7 @@ from typing import Literal
 
 from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
+from peaknet_predict.sources import EventSource
 
 _MALICIOUS_LIGHTNING = {"2.6.2", "2.6.3"}
 _LITTLE_SPACE_GIB = 50
@@ -83,7 +84,17 @@ def doctor(
 
 
 def _check_packages() -> Iterator[Finding]:
-    names = ("torch", "lightning", "ray", "numpy", "scipy", "h5py", "jsonargparse", "safetensors")
+    names = (
+        "torch",
+        "lightning",
+        "ray",
+        "numpy",
+        "scipy",
+        "h5py",
+        "hdf5plugin",
+        "jsonargparse",
+        "safetensors",
+    )
     versions = {}
     for name in names:
         try:
@@ -283,6 +294,17 @@ def _trains(config: list[str]) -> bool:
     return loader is not LightningDataModule.train_dataloader
 
 
+def _check_source(source: EventSource | None) -> Iterator[Finding]:
+    if source is None:
+        return
+    try:
+        source.check()
+    except ValueError as error:
+        yield Finding("FAIL", f"source: {error}")
+    else:
+        yield Finding("ok", f"source: {len(source)} events, readable from here")
+
+
 def _check_configuration(config: list[str]) -> Iterator[Finding]:
     from peaknet_predict.lightning_cli import FitCLI, PredictCLI
 
@@ -316,6 +338,7 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
     else:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
         yield from _check_code(config)
+        yield from _check_source(getattr(cli.datamodule, "source", None))
         net = getattr(model, "net", None)
         if not trains and getattr(net, "weights_sha256", "has none") is None:
             yield Finding(

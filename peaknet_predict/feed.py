@@ -9,14 +9,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
 from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
-from peaknet_predict.sources import EventSource
+from peaknet_predict.sources import EventSource, SkippedFile
 from peaknet_predict.types import Event, EventId
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def feed(
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a number is out of range, or if this process cannot read the source's events.
     peaknet_predict.queues.ClusterError, peaknet_predict.queues.QueueError
         If the cluster or the queue cannot be used.
     """
@@ -104,6 +104,7 @@ def feed(
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
     if not grace_s >= 0:
         raise ValueError(f"grace_s is {grace_s}; give 0 or more seconds")
+    source.check()
     connect(address)
     return push(
         source,
@@ -165,12 +166,18 @@ def push(
             queue.producer.close(producer, failure)
             report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
             if balance is not None:
-                _write_balance(balance, queue, report, rank, first, failure)
+                _write_balance(balance, queue, report, rank, first, failure, source.skipped)
     return report
 
 
 def _write_balance(
-    path: str, queue: Queue, report: FeedReport, rank: int, first: int, problem: str | None
+    path: str,
+    queue: Queue,
+    report: FeedReport,
+    rank: int,
+    first: int,
+    problem: str | None,
+    skipped: Sequence[SkippedFile],
 ) -> None:
     """Write the record of this producer's run, as JSON."""
     counts = {
@@ -179,6 +186,7 @@ def _write_balance(
         "fed": report.events,
         "fed_before": first,
         "seconds": report.seconds,
+        "skipped_files": [asdict(file) for file in skipped],
     }
     try:
         stages = {"feed": counts, "input": queue_balance(queue.admin)}

@@ -165,6 +165,9 @@ class ClusterTask:
             return ray.get(self._reference, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"still running after {timeout_s} s") from error
+        except ray.exceptions.RayTaskError as error:
+            # Ray's own error says the same with the traceback of the other process.
+            raise error.cause from error
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             raise ProcessLostError(str(error).splitlines()[0]) from error
 
