@@ -28,6 +28,7 @@ from peaknet_predict.cxi.layout import (
     contents_of,
     mask_of,
     open_cxi,
+    shared_mask,
 )
 from peaknet_predict.cxi.row import CxiRow
 from peaknet_predict.types import EventId, Image, Peaks
@@ -186,11 +187,14 @@ def _write(file: Any, rows: Sequence[CxiRow], max_peaks: int, compression: str) 
     )
     for i, row in enumerate(rows):
         data[i] = row.slab
-    if any(row.bad is not None for row in rows):
-        # uint32 with 1 = invalid, as the CXI format has it. Mostly zeros: always compressed.
-        mask = file.create_dataset(MASK, shape=shape, dtype=np.uint32, chunks=chunks, **fast_gzip)
+    # uint32 with 1 = invalid, as the CXI format has it. Mostly zeros: always compressed.
+    mask = shared_mask(rows)
+    if mask is not None:
+        file.create_dataset(MASK, data=mask, chunks=chunks[1:], **fast_gzip)
+    else:
+        masks = file.create_dataset(MASK, shape=shape, dtype=np.uint32, chunks=chunks, **fast_gzip)
         for i, row in enumerate(rows):
-            mask[i] = mask_of(row)
+            masks[i] = mask_of(row)
     for name, table in contents.tables.items():
         as_text = {"dtype": h5py.string_dtype()} if table.dtype == object else {}
         as_list = {"compression": "gzip", "shuffle": True} if table.ndim == 2 else {}
@@ -210,12 +214,14 @@ class CxiEvent:
     image
         (P, H, W): the original pixels and dtype.
     mask
-        (P, H, W) bool, True = bad, or None if all pixels of the file's events are finite.
+        (P, H, W) bool, True = bad.
     peaks
         (M, 3) float64, see `Peaks`; strongest first. y carries the rounding of the sum with the
         panel's offset, some 1e-13 pixels.
     intensity
         (M,) float64, detector counts above background.
+    saturated
+        (M,) bool, which peaks have a saturated pixel.
     photon_energy
         eV.
     num_peaks_found
@@ -228,9 +234,10 @@ class CxiEvent:
 
     id: EventId
     image: Image
-    mask: npt.NDArray[np.bool_] | None
+    mask: npt.NDArray[np.bool_]
     peaks: Peaks
     intensity: npt.NDArray[np.float64]
+    saturated: npt.NDArray[np.bool_]
     photon_energy: float
     num_peaks_found: int
     truncated: bool
@@ -266,7 +273,7 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
         If something that `CxiWriter` writes is not in it.
     """
     with open_cxi(path) as file:
-        data, mask, own, result = file[DATA], file.get(MASK), file[OWN], file[PEAKS]
+        data, mask, own, result = file[DATA], file[MASK], file[OWN], file[PEAKS]
         num_events, rows, width = data.shape
         panels = int(data.parent.attrs["panels"])
         shape_PHW = (panels, rows // panels, width)
@@ -279,9 +286,10 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
             yield CxiEvent(
                 id=EventId(str(streams[i]), int(own["rank"][i]), int(own["idx"][i])),
                 image=data[i].reshape(shape_PHW),
-                mask=None if mask is None else mask[i].reshape(shape_PHW) != 0,
+                mask=mask[i if mask.ndim == 3 else ()].reshape(shape_PHW) != 0,
                 peaks=np.stack([panel, slab_y - panel * shape_PHW[1], x], axis=1),
                 intensity=intensity,
+                saturated=own["peakSaturated"][i, :count] != 0,
                 photon_energy=float(energy_eV[i]),
                 num_peaks_found=int(own["numPeaksFound"][i]),
                 truncated=bool(own["truncated"][i]),

@@ -51,20 +51,28 @@ class PeakIntensities:
     snr
         `total` over its noise, which is the ring's standard deviation times the square root of the
         number of pixels summed; 0 where the ring shows no noise.
+    saturated
+        Whether the largest pixel is saturated; False where that is not known.
     """
 
     total: npt.NDArray[np.float64]
     maximum: npt.NDArray[np.float64]
     background: npt.NDArray[np.float64]
     snr: npt.NDArray[np.float64]
+    saturated: npt.NDArray[np.bool_]
 
 
-def integrate_peaks(image_PHW: Image, peaks_M3: Peaks) -> PeakIntensities:
+def integrate_peaks(
+    image_PHW: Image,
+    peaks_M3: Peaks,
+    bad_PHW: npt.NDArray[np.bool_] | None = None,
+    saturation: float | None = None,
+) -> PeakIntensities:
     """Integrate every peak of one event over a disc, with the background from a ring around it.
 
     Disc (radius 4 pixels) and ring (radii above 5, up to 7) are centred on the pixel that holds the
-    centroid. Pixels beyond the panel's border and pixels that are NaN or infinite are left out. A
-    peak without a usable pixel in the disc or in the ring gets zeros: it ranks last.
+    centroid. Pixels beyond the panel's border, bad pixels, and pixels that are NaN or infinite are
+    left out. A peak without a usable pixel in the disc or in the ring gets zeros: it ranks last.
 
     Parameters
     ----------
@@ -72,6 +80,10 @@ def integrate_peaks(image_PHW: Image, peaks_M3: Peaks) -> PeakIntensities:
         (P, H, W) or (H, W), any real dtype: original detector counts.
     peaks_M3
         (M, 3) float64: panel, y, x.
+    bad_PHW
+        The image's shape, True where a pixel is bad; None if there are no such pixels.
+    saturation
+        Counts from which on a pixel is saturated; None if that is not known.
 
     Returns
     -------
@@ -85,6 +97,7 @@ def integrate_peaks(image_PHW: Image, peaks_M3: Peaks) -> PeakIntensities:
     """
     if image_PHW.ndim == 2:
         image_PHW = image_PHW[np.newaxis]
+        bad_PHW = None if bad_PHW is None else bad_PHW[np.newaxis]
     if image_PHW.ndim != 3 or peaks_M3.ndim != 2 or peaks_M3.shape[1] != 3:
         raise ValueError(
             f"expected an image (P, H, W) and peaks (M, 3), not {image_PHW.shape} and "
@@ -99,7 +112,7 @@ def integrate_peaks(image_PHW: Image, peaks_M3: Peaks) -> PeakIntensities:
             f"peak {row} (panel, y, x) = {peaks_M3[row].tolist()} is outside of an image of shape "
             f"{image_PHW.shape}"
         )
-    values_MK, usable_MK = _gather(image_PHW, nearest_M3.astype(np.int64))
+    values_MK, usable_MK = _gather(image_PHW, nearest_M3.astype(np.int64), bad_PHW)
     disc_MD, disc_usable_MD = values_MK[:, :_NUM_DISC], usable_MK[:, :_NUM_DISC]
     ring_MR, ring_usable_MR = values_MK[:, _NUM_DISC:], usable_MK[:, _NUM_DISC:]
 
@@ -116,11 +129,14 @@ def integrate_peaks(image_PHW: Image, peaks_M3: Peaks) -> PeakIntensities:
         maximum=np.where(known, maximum, 0.0),
         background=np.where(known, background, 0.0),
         snr=snr,
+        saturated=known & (maximum >= (np.inf if saturation is None else saturation)),
     )
 
 
 def _gather(
-    image_PHW: Image, nearest_M3: npt.NDArray[np.int64]
+    image_PHW: Image,
+    nearest_M3: npt.NDArray[np.int64],
+    bad_PHW: npt.NDArray[np.bool_] | None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Read the pixels of disc and ring of every peak; unusable ones are 0 and marked."""
     _, height, width = image_PHW.shape
@@ -128,10 +144,11 @@ def _gather(
     y_MK, x_MK = y_M1 + _DY_K, x_M1 + _DX_K
     usable_MK = (y_MK >= 0) & (y_MK < height) & (x_MK >= 0) & (x_MK < width)
     # Clipped indices read some pixel of the same panel, which is then left out.
-    values_MK = image_PHW[panel_M1, y_MK.clip(0, height - 1), x_MK.clip(0, width - 1)].astype(
-        np.float64
-    )
+    pixel_MK = panel_M1, y_MK.clip(0, height - 1), x_MK.clip(0, width - 1)
+    values_MK = image_PHW[pixel_MK].astype(np.float64)
     usable_MK &= np.isfinite(values_MK)
+    if bad_PHW is not None:
+        usable_MK &= ~bad_PHW[pixel_MK]
     values_MK[~usable_MK] = 0.0
     return values_MK, usable_MK
 

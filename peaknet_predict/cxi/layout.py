@@ -5,14 +5,16 @@ dimension for panels. A file of N events holds::
 
     /cxi_version                                 160
     /entry_1/data_1/data                         (N, P*H, W), the original pixels and dtype
-    /entry_1/data_1/mask                         (N, P*H, W) uint32, 1 = bad; only in files that
-                                                 have a pixel that is NaN or infinite
+    /entry_1/data_1/mask                         (P*H, W) uint32, 1 = bad; (N, P*H, W) where the
+                                                 events of the file differ in it
     /entry_1/result_1/nPeaks                     (N,) int32, never above the width of the lists
     /entry_1/result_1/peakXPosRaw, peakYPosRaw   (N, max_peaks) float64, fast and slow scan
     /entry_1/result_1/peakTotalIntensity, peakMaximumValue, peakSNR    (N, max_peaks) float64
     /entry_1/instrument_1/source_1/energy        (N,) float64, joules
     /LCLS/photon_energy_eV                       (N,) float64
     /entry_1/peaknet_predict/stream, rank, idx, numPeaksFound, truncated, badPixels        (N,)
+    /entry_1/peaknet_predict/saturation          (N,) float64, counts, NaN where it is not known
+    /entry_1/peaknet_predict/peakSaturated       (N, max_peaks) uint8, 1 = has a saturated pixel
 
 A peak (panel, y, x) is at X = x, Y = panel * H + y: 0-based pixel indices of the slab, pixel
 centres on integers. CrystFEL adds the half pixel of its own convention when it reads them; nothing
@@ -67,13 +69,14 @@ def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
         f"{OWN}/idx": np.array([r.id.idx for r in results], dtype=np.int64),
         f"{OWN}/numPeaksFound": np.array([len(r.peaks) for r in results], dtype=np.int32),
         f"{OWN}/truncated": np.array([row.truncated for row in rows], dtype=np.uint8),
+        f"{OWN}/saturation": np.array([r.saturation for r in results], dtype=np.float64),
         f"{OWN}/badPixels": np.array([r.bad_pixels for r in results], dtype=np.int64),
     }
     for k, name in enumerate(COLUMNS):
-        column = np.zeros((len(rows), max_peaks), dtype=np.float64)
-        for i, row in enumerate(rows):
-            column[i, : row.table.shape[1]] = row.table[k]
-        tables[f"{PEAKS}/{name}"] = column
+        tables[f"{PEAKS}/{name}"] = _padded([row.table[k] for row in rows], max_peaks)
+    tables[f"{OWN}/peakSaturated"] = _padded(
+        [row.saturated.astype(np.uint8) for row in rows], max_peaks
+    )
     attributes: dict[str, dict[str, Any]] = {
         "/": {
             "NX_class": "NXroot",
@@ -95,6 +98,24 @@ def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
         OWN: {"NX_class": "NXcollection"},
     }
     return Contents(attributes, tables)
+
+
+def _padded(lists: Sequence[npt.NDArray[Any]], width: int) -> npt.NDArray[Any]:
+    table = np.zeros((len(lists), width), dtype=lists[0].dtype)
+    for row, values in zip(table, lists, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+def shared_mask(rows: Sequence[CxiRow]) -> npt.NDArray[np.uint32] | None:
+    """Return the mask that all these events have, (P*H, W), 1 where a pixel is bad; or None."""
+    first = rows[0].bad
+    for row in rows[1:]:
+        if row.bad is not first and (
+            row.bad is None or first is None or not np.array_equal(row.bad, first)
+        ):
+            return None
+    return mask_of(rows[0])
 
 
 def mask_of(row: CxiRow) -> npt.NDArray[np.uint32]:

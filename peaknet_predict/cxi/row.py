@@ -34,15 +34,18 @@ class CxiRow:
     slab
         (P*H, W), its pixels.
     bad
-        (P*H, W) bool, True where a pixel is NaN or infinite; None if there is no such pixel.
+        (P*H, W) bool, True where a pixel is bad; None if none is.
     table
-        (5, M) float64, the columns `peaknet_predict.cxi.file.COLUMNS` of the peaks that are listed.
+        (5, M) float64, columns `peaknet_predict.cxi.layout.COLUMNS` of the peaks that are listed.
+    saturated
+        (M,) bool, which of them have a saturated pixel.
     """
 
     result: Result
     slab: Image
     bad: npt.NDArray[np.bool_] | None
     table: npt.NDArray[np.float64]
+    saturated: npt.NDArray[np.bool_]
 
     @property
     def kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -110,7 +113,8 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     if not _fits(result.bad_pixels):
         raise ValueError("its number of bad pixels is no integer of 64 bits")
     float(result.photon_energy)
-    intensities = integrate_peaks(image, result.peaks)
+    bad = result.bad_mask()
+    intensities = integrate_peaks(image, result.peaks, bad, result.saturation)
     height, width = image.shape[-2:]
     panel, y, x = result.peaks.T
     # Strongest first: a reader with a shorter list than ours keeps the best, too.
@@ -118,13 +122,12 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     table = np.stack(
         [x, panel * height + y, intensities.total, intensities.maximum, intensities.snr]
     )
-    slab = np.ascontiguousarray(image.reshape(-1, width))
-    finite = np.isfinite(slab) if image.dtype.kind == "f" else None
     return CxiRow(
         result=result,
-        slab=slab,
-        bad=None if finite is None or finite.all() else ~finite,
+        slab=np.ascontiguousarray(image.reshape(-1, width)),
+        bad=None if bad is None else bad.reshape(-1, width),
         table=np.ascontiguousarray(table[:, order], dtype=np.float64),
+        saturated=intensities.saturated[order],
     )
 
 

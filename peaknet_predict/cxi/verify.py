@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.cxi.layout import DATA, MASK, contents_of, mask_of, open_cxi
+from peaknet_predict.cxi.layout import DATA, MASK, contents_of, mask_of, open_cxi, shared_mask
 from peaknet_predict.cxi.row import CxiRow
 from peaknet_predict.types import Image
 
@@ -32,19 +32,23 @@ def verify_cxi_file(path: str | Path, rows: Sequence[CxiRow], max_peaks: int) ->
         for name, table in contents.tables.items():
             if name not in file or not _is_same(_read(file[name]), table):
                 raise _damaged(path, name)
-        _verify_images(path, file, DATA, [row.slab for row in rows])
-        if any(row.bad is not None for row in rows):
-            _verify_images(path, file, MASK, [mask_of(row) for row in rows])
+        shape = (len(rows), *rows[0].slab.shape)
+        _verify_images(path, file, DATA, shape, (row.slab for row in rows))
+        mask = shared_mask(rows)
+        if mask is None:
+            _verify_images(path, file, MASK, shape, (mask_of(row) for row in rows))
+        elif MASK not in file or not _is_same(_read(file[MASK]), mask):
+            raise _damaged(path, MASK)
 
 
-def _verify_images(path: str | Path, file: Any, name: str, slabs: Sequence[Image]) -> None:
+def _verify_images(
+    path: str | Path, file: Any, name: str, shape: tuple[int, ...], slabs: Iterable[Image]
+) -> None:
     data = file.get(name)
-    if data is None or data.shape != (len(slabs), *slabs[0].shape) or data.dtype != slabs[0].dtype:
-        raise _damaged(path, name)
     # A chunk that was never written would read as zeros.
-    if data.id.get_num_chunks() != len(slabs):
+    if data is None or data.shape != shape or data.id.get_num_chunks() != shape[0]:
         raise _damaged(path, name)
-    buffer = np.empty(slabs[0].shape, slabs[0].dtype)
+    buffer = np.empty(shape[1:], data.dtype)
     for i, slab in enumerate(slabs):
         if data.compression is None:
             # The same bytes, in a third of the time: HDF5 looks at none of them.

@@ -5,16 +5,38 @@ from __future__ import annotations
 import glob
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.photon_energy import MAX_EV, MIN_EV, explain_implausible, is_plausible
 from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that a source leaves out because it cannot be read, as the user has asked.
+
+    Attributes
+    ----------
+    path
+        The file.
+    reason
+        Why it cannot be read.
+    events
+        How many events it holds; None if that cannot be known.
+    """
+
+    path: Path
+    reason: str
+    events: int | None
 
 
 class EventSource(ABC):
@@ -23,6 +45,22 @@ class EventSource(ABC):
     Events are numbered from 0 in an order that does not change between passes, so that a feeder
     that was stopped can go on where it left off.
     """
+
+    skipped: Sequence[SkippedFile] = ()
+    """Files that were left out."""
+
+    def check(self) -> None:
+        """Make sure that this process can read the events, and log what they are taken for.
+
+        A source may be made in one process and read in another, with another environment. Whoever
+        is about to read calls this first.
+
+        Raises
+        ------
+        ValueError
+            If no event can be read or processed; the message says why and what to do.
+        """
+        return
 
     @abstractmethod
     def __len__(self) -> int:
@@ -70,14 +108,15 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
     Returns
     -------
     list of Path
-        In the order given; the matches of one pattern sorted by name.
+        Absolute, because a worker of a cluster has another working directory. In the order given;
+        the matches of one pattern sorted by name.
 
     Raises
     ------
     FileNotFoundError
         If a file does not exist or a pattern matches nothing.
     ValueError
-        If the list is empty.
+        If the list is empty or names a file twice.
     """
     patterns = [path] if isinstance(path, str) else list(path)
     if not patterns:
@@ -85,7 +124,7 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for pattern in patterns:
         if Path(pattern).is_file():
-            files.append(Path(pattern))
+            files.append(Path(pattern).absolute())
             continue
         matches = sorted(m for m in glob.glob(pattern, recursive=True) if Path(m).is_file())
         if not matches:
@@ -93,7 +132,10 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
             raise FileNotFoundError(
                 f"{pattern!r} {cause} (looked from {Path.cwd()}); check the path"
             )
-        files += map(Path, matches)
+        files += [Path(match).absolute() for match in matches]
+    twice = next((file for file, count in Counter(files).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice; its events would be processed twice")
     return files
 
 
@@ -105,7 +147,9 @@ def energies_from_table(
     Parameters
     ----------
     values
-        One number for the whole file (shape () or (1,)) or one for each event, (num_events,).
+        One number for the whole file, or one for each event in whatever arrangement of axes, such
+        as (num_events, 1). A longer table is accepted if its surplus was never filled in (0 or
+        NaN), or if all its values are equal, so that it does not matter which event has which.
     num_events
         Events in the file.
     where
@@ -119,24 +163,60 @@ def energies_from_table(
     Raises
     ------
     ValueError
-        If the values are not numbers or there is another number of them.
+        If the values are not numbers, or if it is not clear which event has which.
     """
     if values.dtype.kind not in "iuf":
         raise ValueError(f"{where} should hold photon energies but has dtype {values.dtype}")
     if values.size == 1:
         return np.full(num_events, float(values.reshape(())))
-    if values.shape != (num_events,):
+    table = values.reshape(-1).astype(np.float64)
+    is_list = max(values.shape, default=0) == values.size
+    if is_list and len(table) > num_events > 0:
+        surplus = table[num_events:]
+        if np.all((surplus == 0) | np.isnan(surplus)):
+            logger.info(
+                "%s has %d values for %d events; the rest was never filled in and is left out",
+                where,
+                len(table),
+                num_events,
+            )
+            return table[:num_events]
+        if np.all(table == table[0]):
+            return table[:num_events]
+    if not is_list or len(table) != num_events:
         raise ValueError(
-            f"{where} has shape {values.shape} for {num_events} events; photon energies need the "
-            f"shape () or ({num_events},). Name another one, or give photon_energy_ev"
+            f"{where} has shape {values.shape} for {num_events} events, so that it is not clear "
+            "which event has which photon energy; it needs one number, or one for each event. "
+            "Name another dataset with photon_energy, or give photon_energy_ev"
         )
-    return values.astype(np.float64)
+    return table
+
+
+def plausible(energies: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which photon energies, in eV, an experiment can have."""
+    return (energies >= MIN_EV) & (energies <= MAX_EV)
+
+
+def explain_energies(energies: npt.NDArray[np.float64], where: str) -> str | None:
+    """Say what is wrong with the photon energies of a file if no event has a plausible one.
+
+    Parameters
+    ----------
+    energies
+        (N,) eV; NaN where there is none.
+    where
+        File and dataset they come from.
+    """
+    given = energies[np.isfinite(energies)]
+    if not given.size or plausible(energies).any():
+        return None
+    return f"{where}: {explain_implausible(float(given[0]))}"
 
 
 def check_photon_energy_ev(photon_energy_ev: float | None) -> None:
     """Raise a `ValueError` if a photon energy is given that no experiment can have."""
-    if photon_energy_ev is not None and not 0.0 < photon_energy_ev < np.inf:
-        raise ValueError(f"photon_energy_ev must be positive (eV); got {photon_energy_ev}")
+    if photon_energy_ev is not None and not is_plausible(photon_energy_ev):
+        raise ValueError(f"photon_energy_ev: {explain_implausible(photon_energy_ev)}")
 
 
 def unreadable(path: Path, record: int, cause: Exception | str) -> Image:

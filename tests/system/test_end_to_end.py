@@ -213,7 +213,12 @@ def test_a_consumer_that_fails_ends_the_run_with_its_reason(tmp_path: Path) -> N
         file["data"] = np.zeros((3, 2, 64, 64), np.float32)
     config["data"]["init_args"]["source"] = {
         "class_path": "peaknet_predict.sources.Hdf5Source",
-        "init_args": {"path": str(frames), "data": "data", "photon_energy_ev": 9500.0},
+        "init_args": {
+            "path": str(frames),
+            "data": "data",
+            "axes": ["events", "panels", "slow", "fast"],
+            "photon_energy_ev": 9500.0,
+        },
     }
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:3]
     path = tmp_path / "run.yaml"
@@ -350,7 +355,7 @@ def test_bad_values_are_one_line_not_a_traceback(tmp_path: Path) -> None:
     no_gpu = ("--trainer.accelerator", "gpu", "--trainer.devices", 99)
     for words, reason in [
         (("predict", *model, *no_gpu), "`peaknet-predict doctor` says what this machine has"),
-        (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be at least 1"),
+        (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be positive"),
         (("feed", *name, "--source", "NpzSource", "--source.path", "no.npz"), "no.npz"),
     ]:
         said = start(*words, cwd=tmp_path)

@@ -26,6 +26,7 @@ from hypothesis.extra import numpy as hnp
 from peaknet_predict.cxi import directory as cxi_directory
 from peaknet_predict.cxi.file import read_cxi, read_ids
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
+from peaknet_predict.pixels import pack_mask
 from peaknet_predict.types import ANYONE, EventId, Result
 
 
@@ -80,7 +81,6 @@ def test_pixels_bit_for_bit(tmp_path: Path, dtype: str, compression: Any) -> Non
         assert data.dtype == np.dtype(dtype)
         assert (data.shape, data.chunks) == ((3, 48, 32), (1, 48, 32))
         assert data.compression == (None if compression == "none" else "gzip")
-        assert "mask" not in file["entry_1/data_1"]
         for i, result in enumerate(results):
             assert data[i].tobytes() == result.image.tobytes()
 
@@ -94,6 +94,9 @@ def test_layout(tmp_path: Path) -> None:
         assert file["cxi_version"][()] == 160
         assert file[f"{file.attrs['default']}"].attrs["NX_class"] == "NXentry"
         assert file["entry_1"][file["entry_1"].attrs["default"]].attrs["signal"] == "data"
+        mask = file["entry_1/data_1/mask"]
+        assert (mask.dtype, mask.shape) == (np.uint32, (48, 32)), "one for all events"
+        assert not mask[()].any()
         assert file["LCLS/photon_energy_eV"].dtype == np.float64
         assert file["LCLS/photon_energy_eV"][:].tolist() == [9500, 9501, 9502, 9503]
         joules = file["entry_1/instrument_1/source_1/energy"][:]
@@ -146,7 +149,7 @@ def test_max_peaks_keeps_the_strongest_and_says_so(tmp_path: Path) -> None:
     assert np.array_equal(kept.peaks, full.peaks[:10])
 
 
-def test_bad_pixels_get_a_mask_and_keep_their_values(tmp_path: Path) -> None:
+def test_a_mask_that_changes_is_written_per_event(tmp_path: Path) -> None:
     good, bad = make_result(0), make_result(1)
     bad.image[1, 5, 6], bad.image[0, 0, 0] = np.nan, np.inf
     with CxiWriter(tmp_path) as writer:
@@ -158,8 +161,48 @@ def test_bad_pixels_get_a_mask_and_keep_their_values(tmp_path: Path) -> None:
         assert np.argwhere(mask[:]).tolist() == [[1, 0, 0], [1, 29, 6]]
     events = list(read_cxi(tmp_path / "peaks_0000.cxi"))
     assert events[1].image.tobytes() == bad.image.tobytes()
-    assert events[1].mask is not None
     assert np.array_equal(events[1].mask, ~np.isfinite(bad.image))
+    assert not events[0].mask.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 32), (24, 32)])
+def test_a_mask_that_stays_is_written_once_and_keeps_its_pixels_out_of_the_intensities(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    bad = np.zeros(shape, np.bool_)
+    bad[..., 10, 12] = True
+    results = []
+    for idx in range(3):
+        image = np.full(shape, 100, np.uint16)
+        image[..., 10, 12], image[..., 10, 13], image[..., 20, 20] = 40_000, 300, 1000
+        peaks = np.array([[0, 10.0, 12.5], [0, 20.0, 20.0]])
+        key = EventId("s", 0, idx)
+        results.append(Result(key, image, peaks, 9e3, bad_bits=pack_mask(bad), saturation=900.0))
+    with CxiWriter(tmp_path) as writer:
+        for result in results:
+            writer.add(result)
+    with h5py.File(tmp_path / "peaks_0000.cxi") as file:
+        mask = file["entry_1/data_1/mask"]
+        assert np.array_equal(mask[()], bad.reshape(-1, 32)), "(P*H, W), as CrystFEL takes it"
+        assert file["entry_1/peaknet_predict/saturation"][:].tolist() == [900.0] * 3
+    for event in read_cxi(tmp_path / "peaks_0000.cxi"):
+        assert np.array_equal(event.mask.reshape(bad.shape), bad)
+        assert event.peaks.tolist() == [[0, 20.0, 20.0], [0, 10.0, 12.5]]
+        assert event.intensity.tolist() == [900, 200], "the bad pixel counts for nothing"
+        assert event.saturated.tolist() == [True, False]
+
+
+def test_values_that_mark_dead_pixels_are_masked_where_nobody_has_said_which_are_bad(
+    tmp_path: Path,
+) -> None:
+    image = np.full((1, 24, 32), 7, np.uint32)
+    image[0, 3, 4] = 2**32 - 1
+    with CxiWriter(tmp_path) as writer:
+        writer.add(Result(EventId("s", 0, 0), image, np.array([[0, 4.0, 4.0]]), 9500.0))
+    (event,) = read_cxi(tmp_path / "peaks_0000.cxi")
+    assert np.argwhere(event.mask).tolist() == [[0, 3, 4]]
+    assert event.intensity.tolist() == [0.0]
+    assert event.saturated.tolist() == [False], "not known"
 
 
 @settings(max_examples=40, deadline=None)

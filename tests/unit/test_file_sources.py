@@ -82,10 +82,10 @@ def test_slab(write: Write) -> None:
 def test_one_dataset_for_each_panel(write: Write) -> None:
     data = frames(3, 2, 4, 6)
     path = write({"/p/b": data[:, 0], "/p/a": data[:, 1]})
-    source = Hdf5Source(path, data=["/p/b", "/p/a"], photon_energy_ev=8000.0)
+    source = Hdf5Source(path, data=["/p/b", "/p/a"], join="panels", photon_energy_ev=8000.0)
     check_pass(source, data, [8000.0] * 3)
     single = Hdf5Source(path, data=["/p/b"], photon_energy_ev=8000.0)
-    check_pass(single, data[:, :1], [8000.0] * 3)
+    check_pass(single, data[:, 0], [8000.0] * 3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -100,8 +100,8 @@ def test_a_slab_gives_the_panels_back(shape: tuple[int, int, int, int], dtype: s
         path = os.path.join(folder, "slab.h5")
         with h5py.File(path, "w") as h5:
             h5[DATA] = data.reshape(num, panels * height, width)
-        source = Hdf5Source(path, photon_energy_ev=1.0, panel_height=height)
-        check_pass(source, data, [1.0] * num)
+        source = Hdf5Source(path, photon_energy_ev=9000.0, panel_height=height)
+        check_pass(source, data, [9000.0] * num)
 
 
 def test_files_follow_each_other(write: Write, tmp_path: Path) -> None:
@@ -159,24 +159,34 @@ def test_an_event_without_energy_is_nan(write: Write, tmp_path: Path) -> None:
             {"data": "/entry/data"},
             r"no dataset '/entry/data'.*\n  /entry_1/data_1/data \(2, 6, 4\)",
         ),
-        ({"data": "/entry_1"}, "no dataset '/entry_1'"),
+        ({"data": "/entry_1"}, "the group /entry_1 has no frames"),
+        ({"data": "/entry_2"}, "no dataset '/entry_2'"),
         ({}, r"no photon energy.*photon_energy_ev.*datasets:\n"),
         ({"photon_energy": "/e"}, r"no dataset '/e'"),
         ({"photon_energy": "/three"}, r"shape \(3,\) for 2 events"),
         ({"photon_energy": "/text"}, "should hold photon energies but has dtype"),
-        ({"photon_energy": "/three", "photon_energy_ev": 1.0}, "not both"),
-        ({"photon_energy_ev": -1.0}, "must be positive"),
+        ({"photon_energy": "/three", "photon_energy_ev": 9000.0}, "not both"),
+        ({"photon_energy_ev": -1.0}, "photon energy is -1 eV"),
+        ({"photon_energy_ev": 9.5}, r"likely keV \(9500 eV\)"),
         (
-            {"photon_energy_ev": 1.0, "panel_height": 4},
+            {"photon_energy_ev": 9000.0, "panel_height": 4},
             "6 rows are not a multiple of panel_height=4",
         ),
-        ({"photon_energy_ev": 1.0, "panel_height": 0}, "at least 1"),
-        ({"photon_energy_ev": 1.0, "panel_height": 3, "data": [DATA]}, "single dataset"),
-        ({"photon_energy_ev": 1.0, "data": []}, "empty list"),
-        ({"photon_energy_ev": 1.0, "data": "/three"}, r"shape \(3,\); expected \(N, P, H, W\)"),
-        ({"photon_energy_ev": 1.0, "data": ["/stack"]}, r"expected \(N, rows, columns\)"),
-        ({"photon_energy_ev": 1.0, "data": [DATA, "/stack"]}, "different shapes"),
-        ({"photon_energy_ev": 1.0, "data": "/text"}, "not real numbers"),
+        ({"photon_energy_ev": 9000.0, "panel_height": 0}, "at least 1"),
+        ({"photon_energy_ev": 9000.0, "panel_height": 3, "join": "panels"}, "does not go with"),
+        ({"photon_energy_ev": 9000.0, "data": []}, "empty list"),
+        (
+            {"photon_energy_ev": 9000.0, "data": "/three"},
+            r"shape \(3,\); expected \(events, slow, fast\)",
+        ),
+        ({"photon_energy_ev": 9000.0, "data": "/stack"}, "nothing in the file says"),
+        ({"photon_energy_ev": 9000.0, "data": [DATA, "/three"]}, "say with join: events"),
+        (
+            {"photon_energy_ev": 9000.0, "data": [DATA, "/wide"], "join": "events"},
+            "different shapes",
+        ),
+        ({"photon_energy_ev": 9000.0, "data": [DATA, "/wide"], "join": "panels"}, "different"),
+        ({"photon_energy_ev": 9000.0, "data": "/text"}, "expected"),
     ],
 )
 def test_wrong_configurations_name_the_cause(
@@ -185,9 +195,10 @@ def test_wrong_configurations_name_the_cause(
     path = write(
         {
             DATA: frames(2, 6, 4),
-            "/three": np.ones(3),
+            "/three": [9e3, 8e3, 7e3],
             "/text": [b"a", b"b"],
             "/stack": frames(2, 2, 3, 4),
+            "/wide": frames(2, 6, 5),
         }
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
@@ -228,7 +239,7 @@ def test_a_missing_filter_is_named_before_the_run(tmp_path: Path) -> None:
         properties.set_filter(300, h5py.h5z.FLAG_OPTIONAL)
         h5py.h5d.create(h5.id, b"data", h5py.h5t.NATIVE_INT32, space, properties)
     with pytest.raises(ValueError, match=r"filter 300 .*HDF5_PLUGIN_PATH"):
-        Hdf5Source(path, data="/data", photon_energy_ev=1.0)
+        Hdf5Source(path, data="/data", photon_energy_ev=9000.0)
 
 
 # Bad records do not end the stream
@@ -273,7 +284,7 @@ def test_npz_a_file_an_event(tmp_path: Path) -> None:
     for i in range(3):
         np.savez(tmp_path / f"{i}.npz", data=data[i], photon_energy=9000.0 + i)
     check_pass(NpzSource(str(tmp_path / "*.npz")), data, [9000, 9001, 9002])
-    check_pass(NpzSource(str(tmp_path / "*.npz"), photon_energy_ev=1.0), data, [1.0] * 3)
+    check_pass(NpzSource(str(tmp_path / "*.npz"), photon_energy_ev=8500.0), data, [8500.0] * 3)
     check_pass(NpzSource([str(tmp_path / "2.npz")]), data[2:], [9002])
 
 
@@ -300,10 +311,10 @@ def test_npz_without_energy_is_nan_if_another_file_has_it(tmp_path: Path) -> Non
     [
         ({"x": np.ones((3, 4))}, {}, r"no array 'data'.*arrays:\n  x \(3, 4\) float64"),
         ({"data": np.ones((3, 4))}, {}, "no array 'photon_energy': give photon_energy_ev"),
-        ({"data": np.ones((2, 2, 3, 4))}, {"photon_energy_ev": 1.0}, "set stacked"),
+        ({"data": np.ones((2, 2, 3, 4))}, {"photon_energy_ev": 9000.0}, "set stacked"),
         ({"data": np.ones((3, 4))}, {"stacked": True}, r"expected \(N, P, H, W\)"),
         ({"data": np.array([{}, {}])}, {}, "dtype object"),
-        ({"data": np.ones((2, 3, 4)), "photon_energy": np.ones(2)}, {}, r"\(2,\) for 1 events"),
+        ({"data": np.ones((2, 3, 4)), "photon_energy": [9e3, 8e3]}, {}, r"\(2,\) for 1 events"),
         ({"data": np.ones((3, 4)), "photon_energy": np.array({})}, {}, "unreadable"),
         ({}, {}, "no arrays at all"),
     ],
@@ -334,8 +345,8 @@ def test_npz_files_damaged_during_the_run(tmp_path: Path, caplog: pytest.LogCapt
 def test_first_must_lie_in_the_pass(write: Write, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", data=frames(4, 5))
     for source in (
-        Hdf5Source(write({DATA: frames(1, 4, 5)}), photon_energy_ev=1.0),
-        NpzSource(str(tmp_path / "a.npz"), photon_energy_ev=1.0),
+        Hdf5Source(write({DATA: frames(1, 4, 5)}), photon_energy_ev=9000.0),
+        NpzSource(str(tmp_path / "a.npz"), photon_energy_ev=9000.0),
     ):
         for first in (-1, 2):
             with pytest.raises(ValueError, match=r"0 \.\.\. 1"):
