@@ -29,6 +29,11 @@ class KeySet:
     def __len__(self) -> int:
         return sum(sum(b[1::2]) - sum(b[::2]) for b in self._bounds.values())
 
+    def __iter__(self) -> Iterator[EventId]:
+        for (stream, rank), bounds in self._bounds.items():
+            for begin, end in zip(bounds[::2], bounds[1::2], strict=True):
+                yield from (EventId(stream, rank, idx) for idx in range(begin, end))
+
     def add(self, key: EventId) -> bool:
         """Add a key; False if it was there already."""
         bounds = self._bounds.setdefault((key.stream, key.rank), [])

@@ -37,6 +37,9 @@ class FileSystem(Protocol):
     def ftruncate(self, fd: int, length: int, /) -> None:
         """Set a file's length."""
 
+    def fdatasync(self, fd: int, /) -> None:
+        """As `fsync`, without what reading the file does not need, such as its times."""
+
     def fsync(self, fd: int, /) -> None:
         """Return once a file, or the names in a directory, would survive a power cut."""
 
@@ -106,6 +109,13 @@ def write_all(file: int, data: bytes | memoryview, fs: FileSystem = os) -> None:
     view = memoryview(data)
     while len(view):
         view = view[fs.write(file, view) :]
+
+
+def write_all_at(file: int, data: bytes, offset: int, fs: FileSystem = os) -> None:
+    """Write all of the data at an offset of an open file."""
+    written = 0
+    while written < len(data):
+        written += fs.pwrite(file, data[written:], offset + written)
 
 
 def read_all(path: str | Path, fs: FileSystem = os) -> bytes:

@@ -27,6 +27,7 @@ from peaknet_predict.process.files import (
     read_all,
     sync_directory,
     write_all,
+    write_all_at,
     write_whole,
 )
 from peaknet_predict.queues.records import Opaque
@@ -250,9 +251,7 @@ class Quarantine:
             found = self._fs.pread(index, len(text), offset)
             if offset > size or not text.startswith(found):
                 return False
-            written = 0
-            while written < len(text):
-                written += self._fs.pwrite(index, text[written:], offset + written)
+            write_all_at(index, text, offset, self._fs)
         finally:
             self._fs.close(index)
         return True

@@ -1,8 +1,14 @@
 """A queue's memory on disk: append-only files that a new life of the queue replays.
 
 A spool is a directory of numbered segments. Each begins with a snapshot of what is known besides
-the records (keys seen, counts, producers and readers), so that a segment is deleted once all its
-records are settled and none before it is left.
+the records (keys seen, counts, producers and readers), and with which segment it goes on from; so
+a segment is deleted once all its records are settled and none before it is left. Where a few
+records keep many segments, they are moved forward.
+
+What is confirmed has been synced, and how far all has been synced is written down in a file of its
+own (`MarkFile`): damage before that mark is an error, and what was being written behind it is
+dropped. After a write or a sync that failed, a file is never appended to again: the spool goes on
+in a new segment, with everything that is not known to be on disk.
 """
 
 from __future__ import annotations
@@ -11,38 +17,23 @@ import contextlib
 import fcntl
 import json
 import os
-import struct
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peaknet_predict.keys import KeySet
-from peaknet_predict.queues.codec import Buffer, decode, encode
-from peaknet_predict.queues.records import Entry, entry_of
+from peaknet_predict.process.files import FileSystem, make_private_directory, sync_directory
+from peaknet_predict.queues.codec import Buffer, encode
+from peaknet_predict.queues.frames import Kind, write_frame
+from peaknet_predict.queues.records import Entry
+from peaknet_predict.queues.replay import SpoolError, SpoolReader, Unsettled, path_of
+from peaknet_predict.queues.segment import OpenSegment
+from peaknet_predict.queues.synced_mark import DamagedMarkError, MarkFile
 from peaknet_predict.types import EventId
 
-_HEAD = struct.Struct("<2sBxIQI")  # magic, kind, skeleton's length, data's length, CRC of both
-_MAGIC = b"PQ"
-_PUT, _SETTLED, _BOOKS, _SNAPSHOT, _NOTE = range(5)
+__all__ = ["Spool", "SpoolError"]
+
 _SEGMENT_BYTES = 256 * 2**20
-_FORMAT = 2
-
-
-class SpoolError(RuntimeError):
-    """A spool cannot be used; the message says why and what to do."""
-
-
-@dataclass(slots=True)
-class Replay:
-    """What a spool knows of the queue's earlier lives."""
-
-    entries: list[Entry] = field(default_factory=list)
-    keys: KeySet = field(default_factory=KeySet)
-    books: dict[str, Any] | None = None
-    accepted: int = 0
-    quarantined: int = 0
 
 
 class Spool:
@@ -53,6 +44,11 @@ class Spool:
     directory
         Where the segments are; made if missing, readable by its owner only. One queue at a time
         holds it.
+    segment_bytes
+        How large a segment becomes. What is on disk is at most twice what is unsettled, and two
+        segments.
+    fs
+        The file system.
 
     Attributes
     ----------
@@ -62,21 +58,31 @@ class Spool:
     Raises
     ------
     SpoolError
-        If another queue holds it, it cannot be read or written, or it is damaged anywhere but at
-        its end, where a record was being written when the queue died.
+        If another queue holds it, it cannot be read or written, or something is missing or damaged
+        that had been synced.
     """
 
-    def __init__(self, directory: str | Path, segment_bytes: int = _SEGMENT_BYTES) -> None:
+    def __init__(
+        self, directory: str | Path, segment_bytes: int = _SEGMENT_BYTES, fs: FileSystem = os
+    ) -> None:
         self.directory = Path(directory)
         self._segment_bytes = segment_bytes
-        self._unsettled: dict[EventId, int] = {}  # and the segment that has each
-        self._left: dict[int, int] = {}  # unsettled records of each segment
-        self.replay = Replay()
+        self._fs = fs
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = self._claim()
-            self._number = self._read()
-            self._begin_segment()
+            with contextlib.ExitStack() as undo:
+                make_private_directory(self.directory, fs)
+                self._claimed = self._claim()
+                undo.callback(fs.close, self._claimed)
+                self._mark = MarkFile(self.directory / "synced", fs)
+                undo.callback(self._mark.close)
+                self._take_over(SpoolReader(self.directory, self._mark.mark, fs))
+                undo.pop_all()
+        except DamagedMarkError as error:
+            raise SpoolError(
+                f"{self.directory}/synced is damaged, so that damage to the latest events cannot "
+                "be told from what was being written when the queue died. Restore it from a copy, "
+                "or delete it to go on without that check"
+            ) from error
         except OSError as error:
             raise SpoolError(
                 f"the spool {self.directory} cannot be used: {error}. Make the directory readable "
@@ -85,212 +91,240 @@ class Spool:
 
     def put(self, entry: Entry) -> None:
         """Append a record; raises OSError, with nothing appended, if it cannot be written."""
-        skeleton, buffers = encode(entry.record)
-        self._append(_PUT, skeleton, buffers)
-        self._note_put(entry)
+        unsettled = Unsettled(entry, self._order)
+        self._append_put(unsettled)
+        self._order += 1
+        self._unsettled[entry.id] = unsettled
+        self._live_bytes += unsettled.size
+        self.replay.keys.add(entry.id)
+        self.replay.accepted += 1
+        self._compact()
 
     def note(self, entry: Entry) -> None:
         """Append the readers that a record has cost, and why it is to be quarantined."""
-        note = [*entry.id, entry.losses, entry.lost_by, entry.reason]
-        with contextlib.suppress(OSError):
-            self._append(_NOTE, json.dumps(note).encode(), [])
+        self._try_append(Kind.NOTE, _note(entry))
 
     def settled(self, key: EventId, quarantined: bool) -> None:
         """Append that a record has been settled; without room, it would come again after a crash.
 
         Its next reader would then find that it has it already.
         """
-        with contextlib.suppress(OSError):
-            self._append(_SETTLED, json.dumps([*key, quarantined]).encode(), [])
-        self._note_settled(key, quarantined)
-        self._delete_settled()
+        unsettled = self._unsettled.pop(key, None)
+        if unsettled is None:
+            return
+        del self._in[unsettled.number][key]
+        self._live_bytes -= unsettled.size
+        self.replay.quarantined += quarantined
+        if not self._try_append(Kind.SETTLED, [*key, quarantined]):
+            self._delete_settled()  # the room is needed now
+        self._compact()
 
     def books(self, books: dict[str, Any]) -> None:
         """Append the state of producers and readers."""
         self.replay.books = books
-        with contextlib.suppress(OSError):
-            self._append(_BOOKS, json.dumps(books).encode(), [])
+        self._try_append(Kind.BOOKS, books)
 
     def sync(self) -> None:
-        """Return once everything appended so far is on disk."""
+        """Return once everything appended so far is on disk; raises OSError if it is not."""
         self.syncing()()
+        self._delete_settled()
 
     def syncing(self) -> Callable[[], None]:
         """Return what another thread has to call to bring on disk what has been appended so far.
 
-        It stays right when a segment ends meanwhile: whatever is in an ended one has been synced.
+        It raises OSError if that fails. The next call to this method then begins a new segment,
+        with all that is not known to be on disk, and raises OSError itself if that fails.
         """
-        file = os.dup(self._file)
+        if self._segment.is_over:
+            self._begin_segment()
+        return self._segment.syncing()
 
-        def sync() -> None:
-            try:
-                os.fdatasync(file)
-            finally:
-                os.close(file)
-
-        return sync
+    def tidy(self) -> None:
+        """Do what can wait: call it now and then, also while nothing happens."""
+        with contextlib.suppress(OSError):
+            if self._segment.is_over:
+                self._begin_segment()
+            self._mark.sync()
+        self._delete_settled()
 
     @property
     def position(self) -> tuple[int, int]:
         """How much has been appended: segment and bytes."""
-        return self._number, self._size
+        return self._segment.number, self._segment.size
 
     def close(self) -> None:
         """Let go of the files."""
-        os.close(self._file)
-        os.close(self._lock)
+        with contextlib.suppress(OSError):
+            self._mark.sync()
+        self._segment.close()
+        self._mark.close()
+        self._fs.close(self._claimed)
 
     def _claim(self) -> int:
-        lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = self._fs.open(str(self.directory / "lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(lock)
+            self._fs.close(lock)
             raise SpoolError(
                 f"the spool {self.directory} belongs to a queue that is alive; every queue needs "
                 "a directory of its own"
             ) from error
         return lock
 
-    def _segments(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.directory.glob("*.spool"))
+    def _take_over(self, found: SpoolReader) -> None:
+        """Go on from what was found, in a new segment."""
+        self.replay = found.replay
+        self._unsettled = found.unsettled
+        self._order = found.order
+        self._sizes = found.sizes
+        self._in: dict[int, dict[EventId, None]] = {number: {} for number in found.sizes}
+        for key, unsettled in found.unsettled.items():
+            self._in[unsettled.number][key] = None
+        self._live_bytes = sum(one.size for one in found.unsettled.values())
+        # Where what was moved out of a segment stands: it is needed until that is on disk.
+        self._moved_to: dict[int, tuple[int, int]] = {}
+        # What lies behind the synced part goes into the new segment.
+        self._segment = OpenSegment(found.last, found.end, found.synced, self._mark, self._fs)
+        self._leftovers = found.others
+        self._latest = max([found.last, *found.others])
+        self._delete_settled()  # makes room
+        self._begin_segment()
 
-    def _path(self, number: int) -> Path:
-        return self.directory / f"{number:08d}.spool"
-
-    def _append(self, kind: int, skeleton: bytes, buffers: list[Buffer]) -> None:
-        if self._size > self._segment_bytes and kind != _SNAPSHOT:
-            self._begin_segment()
-        length = sum(len(buffer) for buffer in buffers)
-        crc = zlib.crc32(skeleton)
-        for buffer in buffers:
-            crc = zlib.crc32(buffer, crc)
-        head = _HEAD.pack(_MAGIC, kind, len(skeleton), length, crc)
+    def _try_append(self, kind: Kind, content: Any) -> bool:
+        """Append what the next segment's beginning would say as well; False if that failed."""
         try:
-            for buffer in (head + skeleton, *buffers):
-                view = memoryview(buffer)
-                while len(view):
-                    view = view[os.write(self._file, view) :]
+            if self._segment.is_over:
+                return False
+            self._append(kind, json.dumps(content).encode(), [])
         except OSError:
-            # What there is of it must not stand before the next record.
-            os.ftruncate(self._file, self._size)
-            raise
-        self._size += len(head) + len(skeleton) + length
+            return False
+        return True
+
+    def _append(self, kind: Kind, skeleton: bytes, buffers: list[Buffer]) -> int:
+        if self._segment.is_over or self._segment.size > self._segment_bytes:
+            self._begin_segment()
+        size = self._segment.append(kind, skeleton, buffers)
+        self._sizes[self._segment.number] = self._segment.size
+        return size
+
+    def _append_put(self, unsettled: Unsettled) -> None:
+        unsettled.size = self._append(Kind.PUT, *_put(unsettled))
+        unsettled.number, unsettled.end = self.position
+        self._in[unsettled.number][unsettled.entry.id] = None
 
     def _begin_segment(self) -> None:
         """Go on in a new segment, which begins with all that is known."""
-        number = self._number + 1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        opened = os.open(self._path(number), flags, 0o600)
-        before = getattr(self, "_file", None), self._number, getattr(self, "_size", 0)
-        self._file, self._number, self._size = opened, number, 0
-        replay = self.replay
-        snapshot = {"format": _FORMAT, "keys": replay.keys.to_json(), "books": replay.books}
-        snapshot |= {"accepted": replay.accepted, "quarantined": replay.quarantined}
+        # From here on the old one must not grow: the new one says where it ends.
+        self._segment.seal()
+        self._delete_settled()  # makes room
+        self._latest += 1
+        number, path = self._latest, str(path_of(self.directory, self._latest))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        file = self._fs.open(path, flags, 0o600)
         try:
-            self._append(_SNAPSHOT, json.dumps(snapshot).encode(), [])
-            os.fsync(opened)
-            if before[0] is not None:
-                os.fsync(before[0])
-            self._sync_directory()
+            size, again = self._write_beginning(file)
+            self._fs.fsync(file)
+            sync_directory(self.directory, self._fs)
         except OSError:
-            os.close(opened)
-            self._path(number).unlink(missing_ok=True)
-            if before[0] is not None:
-                self._file, self._number, self._size = before[0], before[1], before[2]
+            self._fs.close(file)
+            self._remove(number)
             raise
-        if before[0] is not None:
-            os.close(before[0])
+        try:
+            self._mark.advance(synced=(number, size))
+            self._mark.sync()
+        except OSError:
+            # Whether it counts is not known: it stays, and the next one follows the old one.
+            self._fs.close(file)
+            self._leftovers.append(number)
+            raise
+        self._segment.close()
+        self._segment = OpenSegment(number, size, size, self._mark, self._fs, file)
+        self._sizes[number], self._in[number] = size, {}
+        for unsettled, end in again:
+            key = unsettled.entry.id
+            del self._in[unsettled.number][key]
+            unsettled.number, unsettled.end = number, end
+            self._in[number][key] = None
+        for number in self._leftovers:
+            self._remove(number)
+        self._leftovers = []
         self._delete_settled()
 
-    def _sync_directory(self) -> None:
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    def _write_beginning(self, file: int) -> tuple[int, list[tuple[Unsettled, int]]]:
+        """Write how a segment begins; return its size, and the records in it, each with its end."""
+        before, replay = self._segment, self.replay
+        snapshot = {
+            "previous": [before.number, before.synced],
+            "keys": replay.keys.to_json(),
+            "books": replay.books,
+            "accepted": replay.accepted,
+            "quarantined": replay.quarantined,
+            "order": self._order,
+            "unsettled": KeySet(self._unsettled).to_json(),
+            "notes": [_note(one.entry) for one in self._unsettled.values() if one.is_noted],
+        }
+        size = write_frame(file, self._fs, Kind.BEGIN, json.dumps(snapshot).encode())
+        again = []
+        for key in self._in.get(before.number, ()):
+            unsettled = self._unsettled[key]
+            if unsettled.end > before.synced:
+                # It may never reach the disk where it is.
+                size += write_frame(file, self._fs, Kind.PUT, *_put(unsettled))
+                again.append((unsettled, size))
+        return size + write_frame(file, self._fs, Kind.BEGUN, b""), again
 
-    def _note_put(self, entry: Entry) -> None:
-        self._unsettled[entry.id] = self._number
-        self._left[self._number] = self._left.get(self._number, 0) + 1
-        self.replay.keys.add(entry.id)
-        self.replay.accepted += 1
-
-    def _note_settled(self, key: EventId, quarantined: bool) -> None:
-        number = self._unsettled.pop(key, None)
-        if number is not None:
-            self._left[number] -= 1
-            self.replay.quarantined += quarantined
+    def _compact(self) -> None:
+        """Move a record forward where few of them keep many segments: one with every change."""
+        current = self._segment.number
+        oldest = next(number for number, keys in self._in.items() if keys or number == current)
+        kept = sum(size for number, size in self._sizes.items() if number >= oldest)
+        if oldest == current or kept <= 2 * (self._live_bytes + self._segment_bytes):
+            return
+        key = next(iter(self._in[oldest]))
+        with contextlib.suppress(OSError):
+            self._append_put(self._unsettled[key])
+            del self._in[oldest][key]
+            self._moved_to[oldest] = self.position
 
     def _delete_settled(self) -> None:
-        # From the oldest on and no further than the first that is still needed: a later one says
-        # what has become of its records.
-        while self._oldest < self._number and not self._left.get(self._oldest, 0):
-            self._left.pop(self._oldest, None)
-            with contextlib.suppress(OSError):
-                self._path(self._oldest).unlink(missing_ok=True)
-            self._oldest += 1
+        """Delete the oldest segments, up to the first that is still needed."""
+        if self._mark.mark is None:
+            return  # the mark must not be made before there is a segment for it
+        settled = []
+        for number, keys in self._in.items():
+            if keys or number == self._segment.number or not self._has_moved(number):
+                break
+            settled.append(number)
+        if not settled:
+            return
+        try:
+            self._mark.advance(oldest=number)
+            self._mark.sync_both()
+        except OSError:
+            return
+        for number in settled:
+            self._remove(number)
+            del self._in[number], self._sizes[number]
+            self._moved_to.pop(number, None)
 
-    def _read(self) -> int:
-        """Replay all segments; return the last one's number."""
-        segments = self._segments()
-        self._oldest = segments[0] if segments else 1
-        unsettled: dict[EventId, Entry] = {}
-        for number in segments:
-            self._number = number
-            for kind, skeleton, data in self._records(number, is_last=number == segments[-1]):
-                if kind == _PUT:
-                    entry = entry_of(decode(skeleton, data))
-                    unsettled[entry.id] = entry
-                    self._note_put(entry)
-                elif kind == _SETTLED:
-                    stream, rank, idx, quarantined = json.loads(skeleton)
-                    unsettled.pop(EventId(stream, rank, idx), None)
-                    self._note_settled(EventId(stream, rank, idx), quarantined)
-                elif kind == _NOTE:
-                    stream, rank, idx, losses, lost_by, reason = json.loads(skeleton)
-                    noted = unsettled.get(EventId(stream, rank, idx))
-                    if noted is not None:
-                        noted.losses, noted.lost_by, noted.reason = losses, lost_by, reason
-                elif kind == _BOOKS:
-                    self.replay.books = json.loads(skeleton)
-                else:
-                    self._take_snapshot(json.loads(skeleton))
-        self.replay.entries = list(unsettled.values())
-        return segments[-1] if segments else 0
+    def _has_moved(self, number: int) -> bool:
+        """Whether all that has been moved out of a segment is on disk elsewhere."""
+        moved_to = self._moved_to.get(number, (0, 0))
+        return moved_to <= (self._segment.number, self._segment.synced)
 
-    def _take_snapshot(self, snapshot: dict[str, Any]) -> None:
-        if snapshot["format"] != _FORMAT:
-            raise SpoolError(
-                f"the spool {self.directory} was written by another version of this program "
-                f"(format {snapshot['format']}, ours is {_FORMAT}); read it with that one"
-            )
-        self.replay.keys = KeySet.from_json(snapshot["keys"])
-        self.replay.books = snapshot["books"]
-        self.replay.accepted = snapshot["accepted"]
-        self.replay.quarantined = snapshot["quarantined"]
+    def _remove(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            self._fs.unlink(str(path_of(self.directory, number)))
 
-    def _records(self, number: int, is_last: bool) -> Iterator[tuple[int, bytes, memoryview]]:
-        path = self._path(number)
-        size = path.stat().st_size
-        position = 0
-        with open(path, "rb") as file:
-            while position < size:
-                head = file.read(_HEAD.size)
-                magic, kind, length, data_length, crc = (
-                    _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0, 0, 0)
-                )
-                end = position + _HEAD.size + length + data_length
-                whole = magic == _MAGIC and end <= size
-                body = memoryview(file.read(length + data_length) if whole else b"")
-                if not whole or zlib.crc32(body) != crc:
-                    if is_last:
-                        # Never confirmed: it was being written when the queue died.
-                        os.truncate(path, position)
-                        return
-                    raise SpoolError(
-                        f"{path} is damaged at byte {position}; what follows cannot be read. Move "
-                        f"{self.directory} away and feed again what is in no file yet"
-                    )
-                yield kind, bytes(body[:length]), body[length:]
-                position = end
+
+def _note(entry: Entry) -> list[Any]:
+    return [*entry.id, entry.losses, entry.lost_by, entry.reason]
+
+
+def _put(unsettled: Unsettled) -> tuple[bytes, list[Buffer]]:
+    """Return the skeleton and the buffers of a record as it is appended."""
+    entry = unsettled.entry
+    note = [unsettled.order, entry.losses, entry.lost_by, entry.reason]
+    skeleton, buffers = encode(entry.record)
+    return json.dumps(note).encode() + b"\n" + skeleton, buffers

@@ -1,34 +1,16 @@
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from peaknet_predict.process.files import write_whole
-
-
-class FailingDisk:
-    """The real file system, but for one call that fails."""
-
-    def __init__(self, fails: str) -> None:
-        self.fails = fails
-        self.done: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any) -> Any:
-            self.done.append(name)
-            if name == self.fails:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return getattr(os, name)(*args)
-
-        return call
+from tests.helpers.failing_disk import FailingDisk
 
 
 def test_a_file_gets_its_name_after_its_bytes_and_the_directory_is_synced(tmp_path: Path) -> None:
-    disk = FailingDisk("")
+    disk = FailingDisk()
     write_whole(tmp_path / "a.txt", b"new", fs=disk)
     steps = [step for step in disk.done if step not in ("open", "close")]
     assert steps == ["write", "fsync", "replace", "fsync"]
@@ -51,7 +33,7 @@ def test_a_short_write_is_gone_on_with_and_long_names_are_no_obstacle(tmp_path: 
             return os.write(file, data[:3])
 
     path = tmp_path / ("é" * 127)
-    write_whole(path, b"0123456789", fs=ByThrees(""))
+    write_whole(path, b"0123456789", fs=ByThrees())
     assert path.read_bytes() == b"0123456789"
 
 

@@ -18,27 +18,13 @@ from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState
 from peaknet_predict.queues.wire import item_to_event, item_to_results
 from peaknet_predict.types import Event, EventId, Refusal
+from tests.helpers.failing_disk import FailingDisk
 
 IMAGE = np.ones((1, 4, 4), np.float32)
 
 
 def event(idx: int, side: int = 8) -> Event:
     return Event(EventId("a/b s", 0, idx), np.full((1, side, side), idx, np.uint16), 9500.0)
-
-
-class Disk:
-    """The real file system, but what `fails` names raises an error."""
-
-    def __init__(self) -> None:
-        self.fails: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any) -> Any:
-            if name in self.fails:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return getattr(os, name)(*args)
-
-        return call
 
 
 def test_data_and_reason_are_kept_and_can_be_read(tmp_path: Path) -> None:
@@ -249,7 +235,7 @@ def test_beyond_its_size_identity_and_reason_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_written_later_and_once(tmp_path: Path) -> None:
-    disk = Disk()
+    disk = FailingDisk()
     quarantine = Quarantine(tmp_path, 10**6, fs=disk)
     for fails in ({"write"}, {"fsync"}, {"replace"}, {"open"}):
         disk.fails = fails
@@ -279,7 +265,7 @@ def test_an_index_that_cannot_be_written_costs_no_second_file(tmp_path: Path) ->
 
 def test_a_line_whose_sync_failed_is_written_again_in_its_place(tmp_path: Path) -> None:
     """After a sync that failed, another sync that succeeds says nothing about the same bytes."""
-    disk = Disk()
+    disk = FailingDisk()
     quarantine = Quarantine(tmp_path, 0, fs=disk)
     quarantine.keep(event(0).id, "bad", None)
     disk.fails = {"fsync"}
@@ -290,7 +276,7 @@ def test_a_line_whose_sync_failed_is_written_again_in_its_place(tmp_path: Path) 
 
 
 def test_what_is_too_large_for_the_disk_holds_up_nothing_smaller(tmp_path: Path) -> None:
-    class Small(Disk):
+    class Small(FailingDisk):
         def write(self, file: int, data: bytes | memoryview) -> int:
             if len(data) > 10_000:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -315,7 +301,7 @@ def test_a_line_that_a_power_cut_tore_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_what_waits_for_the_disk_is_not_settled_and_takes_up_room(tmp_path: Path) -> None:
-    disk = Disk()
+    disk = FailingDisk()
     quarantine = Quarantine(tmp_path, 10**6, fs=disk)
     queue = QueueState(
         *("events", 3, 10**9),
