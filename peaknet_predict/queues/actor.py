@@ -106,7 +106,9 @@ class QueueActor:
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
         taken = self._change(lambda: self._state.put_foreign(item))
-        await self._commit.wait()
+        while await self._commit.wait() is not None:
+            # Neither confirmed nor "full", after which it would come a second time.
+            await asyncio.sleep(_TICK_S)
         return taken
 
     async def get(self) -> Any:
@@ -164,7 +166,9 @@ class QueueActor:
         # At once: what the queue knows already, or will not take from this producer, needs no room.
         if self._change(put) is None:
             await self._producers.answer(object(), put, timeout_s)
-        await self._commit.wait()
+        problem = await self._commit.wait()
+        if problem is not None:
+            return 0, problem  # it has them, but may lose them: they are to be put again
         return taken, self._state.problem or self._quarantine.problem
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
@@ -230,7 +234,8 @@ class QueueActor:
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""
         statistics = self._change(self._state.statistics)
-        statistics.problem = statistics.problem or self._quarantine.problem
+        problems = statistics.problem, self._commit.problem, self._quarantine.problem
+        statistics.problem = next((problem for problem in problems if problem), None)
         return statistics
 
     def _change(self, act: Callable[[], T]) -> T:
@@ -266,5 +271,6 @@ class QueueActor:
             try:
                 self._change(self._state.tick)
                 self._change(lambda: self._state.settlements.confirm(self._quarantine.retry()))
+                await self._commit.tidy()
             except Exception:
                 log.exception("the queue's clock")

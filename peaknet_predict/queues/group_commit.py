@@ -14,21 +14,43 @@ class GroupCommit:
     ----------
     spool
         The write-ahead log; None for a queue in memory.
+
+    Attributes
+    ----------
+    problem
+        Why what was appended last is not on disk; None if it is.
     """
 
     def __init__(self, spool: Spool | None) -> None:
+        self.problem: str | None = None
         self._spool = spool
         self._syncing = asyncio.Lock()
         self._synced = (0, 0)
 
-    async def wait(self) -> None:
-        """Return once everything that was appended up to now is on disk."""
+    async def wait(self) -> str | None:
+        """Return once everything that was appended up to now is on disk; or why that failed.
+
+        After a failure nothing is confirmed before the spool has gone on in a new file, with all
+        that is not known to be on disk. Each call tries that.
+        """
         if self._spool is None:
-            return
+            return None
         wanted = self._spool.position
         async with self._syncing:
             if self._synced >= wanted:
-                return
-            reached, sync = self._spool.position, self._spool.syncing()
-            await asyncio.get_running_loop().run_in_executor(None, sync)
-            self._synced = reached
+                return None
+            try:
+                sync = self._spool.syncing()
+                reached = self._spool.position
+                await asyncio.get_running_loop().run_in_executor(None, sync)
+            except OSError as error:
+                self.problem = f"the spool {self._spool.directory} cannot be synced: {error}"
+                return self.problem
+            self._synced, self.problem = reached, None
+            return None
+
+    async def tidy(self) -> None:
+        """Sync what nobody waits for, and delete what is not needed any more."""
+        if self._spool is not None:
+            await self.wait()
+            self._spool.tidy()

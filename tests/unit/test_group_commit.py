@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+
+from peaknet_predict.queues.actor import QueueActor
+from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.group_commit import GroupCommit
+from peaknet_predict.queues.records import entry_of
+from peaknet_predict.queues.spool import Spool
+from peaknet_predict.types import Event, EventId
+from tests.helpers.failing_disk import FailingDisk
+
+
+def event(idx: int) -> Event:
+    return Event(EventId("s", 0, idx), np.zeros((1, 2, 2), np.uint8), 9000.0)
+
+
+def test_a_sync_that_fails_confirms_nothing_until_a_new_file_has_it(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    spool = Spool(tmp_path, fs=disk)
+    commit = GroupCommit(spool)
+
+    async def run() -> None:
+        spool.put(entry_of(event(0)))
+        disk.fails = {"fdatasync"}
+        for _ in range(2):
+            problem = await commit.wait()
+            assert problem is not None
+            assert "cannot be synced: [Errno 28] No space left on device" in problem
+            assert commit.problem == problem
+        disk.fails = set()
+        await commit.tidy()
+        assert await commit.wait() is commit.problem is None
+
+    first = spool.position[0]
+    asyncio.run(run())
+    assert spool.position[0] > first
+    spool.close()
+
+
+def test_the_queue_takes_nothing_for_confirmed_that_is_not_on_disk(tmp_path: Path) -> None:
+    address = QueueAddress("q", spool=str(tmp_path / "spool"), quarantine=str(tmp_path / "q"))
+    disk = FailingDisk()
+
+    async def run() -> None:
+        actor = QueueActor("events", address)
+        assert actor._spool is not None
+        actor._spool._fs = actor._spool._segment._fs = disk
+        await actor.open("p", 1)
+        disk.fails = {"fdatasync"}
+        taken, problem = await actor.put_many(("p", [event(0)], 0.1))
+        assert taken == 0
+        assert problem is not None
+        foreign = asyncio.create_task(actor.put([0, 0, np.zeros((2, 2)), 9000.0]))
+        await asyncio.sleep(0.05)
+        assert not foreign.done(), "neither taken, nor full, after which it would come again"
+        statistics = await actor.statistics()
+        assert statistics.problem is not None
+        assert "cannot be synced" in statistics.problem
+        disk.fails = set()
+        assert await actor.put_many(("p", [event(0)], 0.1)) == (1, None)
+        assert await foreign
+        statistics = await actor.statistics()
+        assert (statistics.accepted, statistics.problem) == (2, None)
+
+    asyncio.run(run())
