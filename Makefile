@@ -3,16 +3,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+# Two processes at a time, each on one core: torch would start a thread for every core in both.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/unit
+OTHERS := tests/ray tests/system tests/gpu
+
+.PHONY: demo check test lint test-slow test-gpu test-benchmarks coverage clean
 
 demo: .venv/installed
 	$(BIN)/peaknet-predict predict -c configs/demo.yaml
 
-test: .venv/installed
-	$(BIN)/pytest
+# Before each commit.
+check: lint
+	$(UNIT)
 
-test-slow: .venv/installed
-	$(BIN)/pytest -m slow
+# What continuous integration runs, after `make lint`.
+test: .venv/installed
+	$(UNIT)
+	$(BIN)/pytest $(OTHERS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -21,6 +28,23 @@ lint: .venv/installed
 	$(BIN)/yamllint --strict .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow tests
+
+test-gpu: .venv/installed
+	$(BIN)/pytest -m gpu tests
+
+test-benchmarks: .venv/installed
+	$(BIN)/pytest tests/benchmarks
+
+# The same tests as `make test`, and a floor below which it fails; half as fast again.
+coverage: .venv/installed
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 tests/unit
+	$(BIN)/coverage run -m pytest $(OTHERS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,4 +55,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

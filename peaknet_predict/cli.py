@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from peaknet_predict import __version__
 from peaknet_predict.cxi.writer import CxiWriteError
 from peaknet_predict.process.balance import (
     EXIT_FAILED,
@@ -23,6 +24,7 @@ from peaknet_predict.queues import ClusterError, QueueError
 log = logging.getLogger("peaknet_predict")
 
 _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's options)
+       peaknet-predict --version
 
   predict     find peaks: input queue -> network -> output queue
   feed        push events from files or the simulator into an input queue
@@ -59,9 +61,14 @@ def main(args: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"peaknet-predict {__version__}")
+        return 0
     if words[0] not in commands:
         print(f"there is no command {words[0]!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
+    if not {"-h", "--help", "--print_config"} & set(words):
+        log.info("peaknet-predict %s: %s", __version__, words[0])
     try:
         return commands[words[0]](words[1:])
     except BalanceError as error:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from peaknet_predict import __version__
 from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
 from peaknet_predict.sources import EventSource
@@ -102,7 +103,9 @@ def _check_packages() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding("FAIL", f"{name} is not installed; install this package again with pip")
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield Finding("ok", f"Python {platform.python_version()}; {listed}")
+    yield Finding(
+        "ok", f"peaknet-predict {__version__}; Python {platform.python_version()}; {listed}"
+    )
     if versions.get("lightning") in _MALICIOUS_LIGHTNING:
         yield Finding(
             "FAIL",

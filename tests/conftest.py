@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -10,6 +11,11 @@ from peaknet_predict.queues import QueueAddress
 from peaknet_predict.queues.cluster import connect, disconnect, keep_to_loopback
 
 keep_to_loopback()  # before a test module imports Ray
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, as the commands under test must, also as a job in a shell's background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

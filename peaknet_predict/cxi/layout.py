@@ -25,7 +25,6 @@ Shape legend: N events of a file, P panels, H rows and W columns of a panel, M p
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict import __version__
 from peaknet_predict.cxi.row import CxiRow
 from peaknet_predict.photon_energy import JOULES_PER_EV
 
@@ -82,7 +82,7 @@ def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
             "NX_class": "NXroot",
             "default": "entry_1",
             "creator": "peaknet-predict",
-            "creator_version": _version(),
+            "creator_version": __version__,
         },
         "entry_1": {"NX_class": "NXentry", "default": "data_1"},
         "entry_1/data_1": {"NX_class": "NXdata", "signal": "data", "panels": rows[0].kind[0][0]},
@@ -123,13 +123,6 @@ def mask_of(row: CxiRow) -> npt.NDArray[np.uint32]:
     if row.bad is None:
         return np.zeros(row.slab.shape, dtype=np.uint32)
     return row.bad.astype(np.uint32)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("peaknet-predict")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def open_cxi(path: str | Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import pickle
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from peaknet_predict import __version__
 from peaknet_predict.process.files import write_whole
 from peaknet_predict.training.metrics import OPERATING_POINT
 
@@ -82,7 +82,7 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
             figures["threshold"],
         )
     origin = {
-        "version": _version(),
+        "version": __version__,
         "steps": content.get("global_step"),
         "validation": figures,
     }
@@ -106,13 +106,6 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{checkpoint} has no state_dict: it is not a checkpoint of a run")
     return content
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("peaknet-predict")
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
-        return "unknown"
 
 
 def _halved(name: str, tensor: Tensor) -> Tensor:
