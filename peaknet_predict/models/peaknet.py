@@ -9,7 +9,8 @@ Shape legend: N panels of a batch, C classes (or channels), H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +79,15 @@ class PeakNet(nn.Module):
     learned_upsample
         Whether the last enlargement adds a transposed convolution to the bilinear resizing.
     weights
-        Weight file, see `load_weights`. Without one the parameters are random, and the peaks too.
+        Weight file, see `load_weights`. Without one the parameters are random: a start for
+        training, and nothing to predict with.
 
     Attributes
     ----------
     weights_sha256
         SHA-256 of the weight file in hexadecimal; None while the parameters are random.
+    weight_aliases
+        Beginnings of parameters' names in the reference's weight files, where they differ.
     size_multiple
         Pixels of which H and W must be multiples: the stride of the coarsest level, 32 for four
         stages. Otherwise a level is not half as large as the one below and they cannot be added.
@@ -93,6 +97,10 @@ class PeakNet(nn.Module):
     ValueError
         If `hidden_sizes` and `depths` differ in length, or name fewer than two stages.
     """
+
+    weight_aliases: Mapping[str, str] = MappingProxyType(
+        {"head_upsample_layer.0.": "head_upsample_layer."}
+    )
 
     def __init__(
         self,

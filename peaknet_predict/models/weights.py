@@ -7,14 +7,16 @@ before the first parameter is written, and each error names the tensors it is ab
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +29,10 @@ _PREFIXES = ("_orig_mod.", "module.")
 """What `torch.compile` and `DistributedDataParallel` put before every name."""
 
 _MAX_NAMES = 10
+
+METADATA = "peaknet_predict"
+"""Key of a weight file's metadata: JSON with version, steps taken, figures of the validation, and
+the operating point that is not part of the weights (``threshold``)."""
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 """Directory of the weight files that come with this program."""
@@ -44,7 +50,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         the path of a ``.safetensors``, or of a ``.pt`` / ``.pth`` with a state dict of tensors,
         bare or under one of the keys ``model``, ``state_dict``, ``module`` and
         ``model_state_dict``. Prefixes ``_orig_mod.`` and ``module.`` that all names share are
-        removed.
+        removed. A model may have an attribute ``weight_aliases``, a dict of beginnings of names in
+        other programs' files and what takes their place.
 
     Returns
     -------
@@ -62,6 +69,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     path = _found(Path(path))
     own = model.state_dict()
     tensors = _strip_prefixes(_read(path), own, path)
+    tensors = _in_own_names(tensors, own, getattr(model, "weight_aliases", {}))
     _check_names_and_shapes(tensors, own, path)
     # Cast first: a float64 or bfloat16 value may be finite and its float16 cast not.
     cast = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
@@ -76,6 +84,34 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     return sha256
 
 
+def stored_threshold(path: str | Path) -> float | None:
+    """Return the operating point that a weight file asks for; None if it says nothing.
+
+    That is what `peaknet-predict export` has measured and could not make part of the weights: the
+    log odds above which a pixel is a peak.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If what the file says is no number.
+    """
+    path = _found(Path(path))
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        stored = (file.metadata() or {}).get(METADATA)
+    try:
+        threshold = None if stored is None else json.loads(stored).get("threshold")
+        value = None if threshold is None else float(threshold)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata '{METADATA}' cannot be read: {error}") from error
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{path}: its threshold is {value}, which is no operating point")
+    return value
+
+
 def _found(path: Path) -> Path:
     """Return the path of a weight file that may be given by its name alone."""
     if path.is_file():
@@ -87,7 +123,7 @@ def _found(path: Path) -> Path:
     raise FileNotFoundError(
         f"there is no weight file {path}: check the path given as `weights` (a relative one starts "
         f"at the working directory), give the name of one that is shipped "
-        f"({', '.join(names) or 'none is'}), or leave `weights` out for random parameters"
+        f"({', '.join(names) or 'none is'})"
     )
 
 
@@ -146,6 +182,20 @@ def _strip_prefixes(
     if stripped:
         _log.info("%s: removed the prefix '%s' from all names", path, stripped)
     return tensors
+
+
+def _in_own_names(
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Give tensors that other programs name otherwise the model's names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for beginning, ours in aliases.items():
+            candidate = ours + name.removeprefix(beginning)
+            if name not in own and name.startswith(beginning) and candidate not in tensors:
+                name = candidate
+        renamed[name] = tensor
+    return renamed
 
 
 def _all_start_with(names: Iterable[str], prefix: str) -> bool:

@@ -75,9 +75,9 @@ class Bright(nn.Module):
         return (images_N1HW - 3) * self.weight.reshape(1, 2, 1, 1)
 
 
-def small_peaknet(weights: str | None = str(GOLDEN / "peaknet_small.safetensors")) -> PeakNet:
-    """Return the network of the golden files."""
-    sizes = json.loads((GOLDEN / "peaknet_small.json").read_text())
+def small_peaknet(name: str = "peaknet_small") -> PeakNet:
+    """Return the network of golden files, with their weights."""
+    sizes = json.loads((GOLDEN / f"{name}.json").read_text())
     return PeakNet(
         hidden_sizes=sizes["hidden_sizes"],
         depths=sizes["depths"],
@@ -88,13 +88,13 @@ def small_peaknet(weights: str | None = str(GOLDEN / "peaknet_small.safetensors"
         head_groups=sizes["num_groups"],
         num_classes=sizes["num_classes"],
         learned_upsample=sizes["uses_learned_upsample"],
-        weights=weights,
+        weights=str(GOLDEN / f"{name}.safetensors"),
     ).eval()
 
 
-def golden() -> tuple[Tensor, Tensor]:
+def golden(name: str = "peaknet_small") -> tuple[Tensor, Tensor]:
     """Return an input of that network, and the logits that the reference computed from it."""
-    with np.load(GOLDEN / "peaknet_small.npz") as arrays:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
         return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["logits"])
 
 

@@ -34,9 +34,10 @@ def test_the_default_state_dict_has_the_published_names_and_shapes() -> None:
 
 
 @torch.inference_mode()
-def test_logits_equal_the_reference() -> None:
-    images_N1HW, expected_NCHW = golden()
-    logits_NCHW = small_peaknet()(images_N1HW)
+@pytest.mark.parametrize("name", ["peaknet_small", "peaknet_learned"])
+def test_logits_equal_the_reference(name: str) -> None:
+    images_N1HW, expected_NCHW = golden(name)
+    logits_NCHW = small_peaknet(name)(images_N1HW)
     assert logits_NCHW.dtype == torch.float32
     tolerance = 1e-5 * float(expected_NCHW.abs().max())
     torch.testing.assert_close(logits_NCHW, expected_NCHW, rtol=0, atol=tolerance)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peaknet_predict.models import load_weights
+from peaknet_predict.models.weights import METADATA, stored_threshold
 
 State = dict[str, Tensor]
 
@@ -82,6 +83,40 @@ def test_tensors_are_cast_to_the_network(state: State, tmp_path: Path, dtype: to
     load_weights(net, path)
     assert_loaded(net, {k: v.float() if v.is_floating_point() else v for k, v in narrow.items()})
     assert net.state_dict()["layers.0.weight"].dtype == torch.float32
+
+
+def test_other_programs_names_are_understood(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    theirs = {name.replace("layers.3.", "layers.3.conv."): t for name, t in state.items()}
+    save_file(theirs, path)
+    net = Net()
+    with pytest.raises(ValueError, match=r"unknown to the network: 2: layers\.3\.conv\.bias"):
+        load_weights(net, path)
+    net.weight_aliases = {"layers.3.conv.": "layers.3."}  # type: ignore[assignment]
+    load_weights(net, path)
+    assert_loaded(net, state)
+    # Where a file has both names, one of them is not understood.
+    save_file({**state, **{name: t.clone() for name, t in theirs.items()}}, path)
+    with pytest.raises(ValueError, match=r"unknown to the network: 2: layers\.3\.conv\.bias"):
+        load_weights(Net(), path)
+
+
+def test_a_file_may_ask_for_an_operating_point(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    for metadata, expected in (
+        (None, None),
+        ({"format": "pt"}, None),
+        ({METADATA: '{"version": "0.1.0"}'}, None),
+        ({METADATA: '{"threshold": 1.25}'}, 1.25),
+    ):
+        save_file(state, path, metadata)
+        assert stored_threshold(path) == expected
+    for damaged in ('{"threshold": "high"}', "no JSON", "[1]", '{"threshold": NaN}'):
+        save_file(state, path, {METADATA: damaged})
+        with pytest.raises(ValueError, match=r"w\.safetensors: its (metadata|threshold)"):
+            stored_threshold(path)
+    torch.save(state, tmp_path / "w.pt")
+    assert stored_threshold(tmp_path / "w.pt") is None
 
 
 def damaged(state: State, how: str) -> State:
