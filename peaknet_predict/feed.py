@@ -17,7 +17,7 @@ from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource, SkippedFile
-from peaknet_predict.types import Event, EventId
+from peaknet_predict.types import Event, EventId, identity_problem
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,12 @@ def feed(
         raise ValueError(f"rate_hz is {rate_hz}; give a positive number of events per second")
     if num_events is not None and num_events < 0:
         raise ValueError(f"num_events is {num_events}; give 0 or more")
+    problem = identity_problem(EventId(stream or "", rank, 0))
+    if problem is not None or rank < 0:
+        raise ValueError(
+            f"stream {stream!r}, rank {rank}: {problem or 'rank must be 0 or more'}; no file could "
+            "hold such events"
+        )
     if producers < 1:
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
     if not grace_s >= 0:

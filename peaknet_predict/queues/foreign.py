@@ -17,7 +17,7 @@ from typing import Any
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.foreign_streams import ForeignStreams
 from peaknet_predict.queues.quarantine import Quarantine
-from peaknet_predict.queues.records import END_MARKER, Kind, Opaque
+from peaknet_predict.queues.records import END_MARKER, Kind, Opaque, sanitized
 from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import (
@@ -214,11 +214,7 @@ class ForeignReader:
         references = [self._handle.get.remote() for _ in range(wanted)]
         answers = [_taken(name, reference) for reference in references]
         # An old-style END in a queue of results is an end for its readers, not an item for us.
-        return [
-            item
-            for item in answers
-            if item is not None and not (isinstance(item, str) and item == END_MARKER)
-        ]
+        return [item for item in answers if item is not None and not _is_end_marker(item)]
 
     def _decode(self, item: Any) -> list[Taken]:
         position, self._items_taken = self._items_taken, self._items_taken + 1
@@ -274,10 +270,14 @@ def _answer(name: str, method: str, reference: Any) -> Any:
         ) from error
 
 
+def _is_end_marker(item: Any) -> bool:
+    return isinstance(item, str) and item == END_MARKER
+
+
 def _taken(name: str, reference: Any) -> Any:
     """Return an item; one of a class that is not here is one bad item, not the stream's end."""
     try:
-        return _answer(name, "get", reference)
+        return sanitized(_answer(name, "get", reference))
     except QueueError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -99,10 +100,42 @@ class Entry:
         return self.losses >= _SUSPECTED_AFTER
 
 
-def entry_of(record: Record) -> Entry:
-    """Return a fresh entry for a record; raises as `plain` does."""
-    record = plain(record)
-    return Entry(record, record.id, record.nbytes)
+def entry_of(record: Record, uid: str = "") -> Entry:
+    """Return a fresh entry for a record.
+
+    A record that cannot be kept as it is (see `plain`) becomes an entry with the reason for which
+    it is to be quarantined, under an identity that can be kept. The same record always gets the
+    same one, so that a put that is repeated adds nothing.
+
+    Parameters
+    ----------
+    record
+        Anything that came in place of a record.
+    uid
+        Names the queue; such identities are named after it.
+    """
+    try:
+        record, reason = plain(record), None
+    except ValueError as error:
+        reason = str(error)
+        record = _in_place_of(record, uid)
+    return Entry(record, record.id, record.nbytes, reason=reason)
+
+
+def _in_place_of(record: Event | Result | ForeignItem, uid: str) -> ForeignItem:
+    """Return an item that can be kept, with what is in a record that cannot."""
+    parts = [sanitized(getattr(record, name, None)) for name in ("image", "photon_energy")]
+    key = record.id
+    if identity_problem(key) is None:
+        return ForeignItem([int(key.rank), int(key.idx), *parts], key.stream, _position_of(key))
+    stated = [described(part, _TEXT) for part in key]
+    return ForeignItem([*stated, *parts], f"{uid}#refused", _position_of(key))
+
+
+def _position_of(key: EventId) -> int:
+    """Return a number that tells identities apart where an item does not state its own."""
+    exactly = "\n".join(_exactly(part) for part in key)
+    return int.from_bytes(hashlib.blake2b(exactly.encode(), digest_size=7).digest())
 
 
 def plain(record: Record) -> Record:
@@ -134,7 +167,7 @@ def plain(record: Record) -> Record:
     if _is_plain(image) and is_number and (bits is None or _is_plain(bits)):
         return replace(record, image=image, photon_energy=float(energy), bad_bits=bits)
     payload = [int(record.id.rank), int(record.id.idx), image, energy]
-    return ForeignItem(payload, record.id.stream, 0)
+    return ForeignItem(payload, record.id.stream, _position_of(record.id))
 
 
 def sanitized(value: Any, depth: int = _DEPTH) -> Any:
@@ -189,6 +222,13 @@ def _is_plain(value: Any) -> bool:
         return False
     dtype = value.dtype
     return dtype.kind in "biufcSUmM" and np.dtype(dtype.str) == dtype and dtype.itemsize > 0
+
+
+def _exactly(part: Any) -> str:
+    """Return a text that is another one for every other integer or text."""
+    if isinstance(part, int):
+        return hex(part)
+    return repr(str(part)) if isinstance(part, str) else described(part, _TEXT)
 
 
 def _nbytes(value: Any, depth: int) -> int:

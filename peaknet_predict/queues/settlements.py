@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from peaknet_predict.queues.journal import Journal
 from peaknet_predict.queues.ready import ReadyLines
 from peaknet_predict.queues.records import Entry
+from peaknet_predict.queues.wire import printable
 from peaknet_predict.types import EventId
 
 _REASONS_KEPT = 100
@@ -27,7 +28,7 @@ class Settlements:
         How many readers a record may cost before it is quarantined as a poison message.
     quarantine
         Takes a record and the reason. Returns False if it is not on disk yet; `confirm` is then
-        told when it is.
+        told when it is. Without one, rejected records are counted and dropped.
     journal
         Where settlements are written down.
 
@@ -43,7 +44,7 @@ class Settlements:
         self,
         ready: ReadyLines,
         max_losses: int,
-        quarantine: Callable[[Entry, str], bool | None],
+        quarantine: Callable[[Entry, str], bool | None] | None,
         journal: Journal | None,
     ) -> None:
         self.quarantined = 0
@@ -58,20 +59,25 @@ class Settlements:
         """Return how many rejected records wait for the quarantine's disk."""
         return len(self._waiting)
 
+    @property
+    def has_quarantine(self) -> bool:
+        """Whether rejected records are kept anywhere."""
+        return self._quarantine is not None
+
     def acknowledge(self, entry: Entry) -> None:
         """Settle a record that the next stage has."""
         self._write(entry, quarantined=False)
 
     def reject(self, entry: Entry, reason: str) -> None:
         """Quarantine a record; it is settled as soon as it is on disk there."""
-        entry.reason = reason
+        entry.reason = reason = printable(reason)
         self.reasons.append(f"{entry.id}: {reason}")
         if self._journal is not None:
             self._journal.note(entry)
         # It waits here before it is handed over: whatever the quarantine raises, it is not lost.
         self._waiting[entry.id] = entry
         self._ready.reserve(entry)
-        if self._quarantine(entry, reason) is not False:
+        if self._quarantine is None or self._quarantine(entry, reason) is not False:
             self.confirm([entry.id])
 
     def confirm(self, keys: Iterable[EventId]) -> None:

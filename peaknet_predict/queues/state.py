@@ -74,7 +74,7 @@ class QueueState:
         uid: str = "queue",
         first_token: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        quarantine: Callable[[Entry, str], bool | None] = lambda entry, reason: None,
+        quarantine: Callable[[Entry, str], bool | None] | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.kind = kind
@@ -116,16 +116,17 @@ class QueueState:
     def put(self, producer: str, records: Sequence[Record]) -> int:
         """Take records in order for as long as there is room; the answer is how many were taken.
 
-        A record whose key was accepted before counts as taken, and changes nothing.
+        A record whose key was accepted before counts as taken, and changes nothing. One that cannot
+        be kept as it is, for its identity or what is in it, is taken too, into the quarantine.
 
         Raises
         ------
         ValueError
-            If the producer has not opened the queue, or a record can be kept nowhere: see `plain`.
+            If the producer has not opened the queue.
         """
         self.streams.hear(producer, self._clock())
         for taken, record in enumerate(records):
-            entry = entry_of(record)
+            entry = entry_of(record, self.streams.uid)
             if entry.id in self.keys:
                 self.duplicates += 1
                 continue
@@ -267,7 +268,7 @@ class QueueState:
         for entry in entries:
             if entry.id in kept:
                 self.settlements.settle_quarantined(entry)
-            elif entry.reason is not None:
+            elif entry.reason is not None and self.settlements.has_quarantine:
                 self.settlements.reject(entry, entry.reason)
             else:
                 # Leases died with the earlier life; whoever had one may have brought it to its end.
@@ -291,8 +292,11 @@ class QueueState:
                 return False
             self.problem = None
         self.keys.add(entry.id)
-        self.ready.append(entry)
         self.accepted += 1
+        if entry.reason is None:
+            self.ready.append(entry)
+        else:
+            self.settlements.reject(entry, entry.reason)
         return True
 
 

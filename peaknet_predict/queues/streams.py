@@ -9,6 +9,7 @@ from peaknet_predict.keys import KeySet
 from peaknet_predict.queues.foreign_streams import FOREIGN, ForeignStreams
 from peaknet_predict.queues.groups import ConsumerGroups
 from peaknet_predict.queues.journal import Journal
+from peaknet_predict.queues.wire import printable
 
 
 class StreamBook:
@@ -75,6 +76,8 @@ class StreamBook:
 
     def open(self, producer: str, of: int, now: float) -> None:
         """Announce a producer; one that fell silent and comes back goes on where it was."""
+        if not producer.isprintable():
+            raise ValueError(f"a producer's name must be printable text, not {producer!r}")
         if producer not in self._heard:
             self._begin_if_ended()
             self._closed.discard(producer)
@@ -109,7 +112,7 @@ class StreamBook:
         self._closed.add(producer)
         self._end_markers = end_markers
         if failure is not None:
-            self.failures[producer] = failure
+            self.failures[producer] = printable(failure)
         self._save()
 
     def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
@@ -126,7 +129,7 @@ class StreamBook:
         # One that died before it opened is not waited for either.
         self._expected = min(self._expected, len(self._closed) + len(self._heard))
         if failure is not None:
-            self.failures[prefix] = failure
+            self.failures[printable(prefix)] = printable(failure)
         self._save()
 
     def close_silent(self, now: float, timeout_s: float) -> None:

@@ -50,7 +50,7 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
     if name is None:
         return Refusal(
             unnamed,
-            "rank and idx must be integers of at most 64 bits, "
+            "rank and idx must be integers from 0 to 2^63 - 1, "
             f"got {_describe(rank)} and {_describe(idx)}",
         )
     identity = EventId(stream, *name)
@@ -66,7 +66,8 @@ def named(item: Any) -> tuple[int, int] | None:
     rank, idx = item[0], item[1]
     if identity_problem(EventId("", rank, idx)) is not None:
         return None
-    return int(rank), int(idx)
+    # A negative rank would be taken for that of an item that states none.
+    return (int(rank), int(idx)) if rank >= 0 and idx >= 0 else None
 
 
 def results_to_item(results: list[Result]) -> list[tuple[Any, list[list[float]], float]]:

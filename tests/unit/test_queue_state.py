@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -16,9 +17,12 @@ from hypothesis.stateful import (
 
 from peaknet_predict.keys import KeySet
 from peaknet_predict.queues.dispatch import Delivery
+from peaknet_predict.queues.quarantine import Quarantine, read_index
 from peaknet_predict.queues.records import END_MARKER, Entry, ForeignItem
+from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState
-from peaknet_predict.types import Event, EventId
+from peaknet_predict.queues.wire import item_to_event
+from peaknet_predict.types import Event, EventId, Refusal, Result, identity_problem
 
 
 class Clock:
@@ -380,6 +384,112 @@ def test_what_no_other_process_may_know_is_replaced_by_its_description() -> None
 def test_a_producer_that_has_not_opened_is_told_so() -> None:
     with pytest.raises(ValueError, match="has not opened"):
         QueueState("events", 1, 1).put("nobody", [event(1)])
+
+
+NUMBERS: list[Any] = [2**63, 2**70, -(2**63) - 1, 10**5000, "7", None, 1.5]
+RANKS: list[Any] = [10**30, -(10**30), "rank", True]
+NAMES: list[Any] = ["a\0b", "half\ud800", "two\nlines", "x" * 300, 5]
+IMPOSSIBLE = [
+    *(EventId("s", 0, idx) for idx in NUMBERS),
+    *(EventId("s", rank, 7) for rank in RANKS),
+    *(EventId(stream, 0, 7) for stream in NAMES),
+]
+
+
+def test_an_event_whose_identity_no_file_can_hold_is_quarantined_at_the_border(
+    tmp_path: Path,
+) -> None:
+    quarantine, spool = Quarantine(tmp_path / "q", 10**6, "u"), Spool(tmp_path / "spool")
+
+    def keep(entry: Entry, reason: str) -> bool:
+        return quarantine.keep(entry.id, reason, entry.record, entry.losses)
+
+    state = QueueState("events", 3, 1000, uid="u", quarantine=keep, journal=spool)
+    state.open("p")
+    image = np.zeros((1, 2, 2), np.uint8)
+    bad = [Event(key, image, 9000.0) for key in IMPOSSIBLE]
+    for _ in range(2):  # the answer to the first put was lost
+        assert state.put("p", [event(0), *bad, event(1)]) == len(bad) + 2
+    assert ids(ask(state)) == [0, 1]
+    now = state.statistics()
+    assert (now.accepted, now.quarantined, now.duplicates) == (len(bad) + 2, len(bad), len(bad) + 2)
+    lines = read_index(tmp_path / "q")
+    assert len(lines) == len(bad)
+    assert all("cannot be kept" in line["reason"] for line in lines)
+    assert sum("does not fit in 64 bits" in line["reason"] for line in lines) == 6
+    assert not any("\n" in line or "\0" in line for line in now.quarantine)
+    spool.sync()
+    spool.close()
+    again = Spool(tmp_path / "spool").replay
+    assert [entry.id.idx for entry in again.entries] == [0, 1]
+    assert (again.accepted, again.quarantined) == (len(bad) + 2, len(bad))
+
+
+@pytest.mark.parametrize("name", [(-1, 0), (0, -1), (2**63, 0), (0, 2**63), (10**30, 1)])
+def test_a_foreign_item_with_such_an_identity_takes_that_of_no_other(name: Any) -> None:
+    state = QueueState("events", 9, 10**6)
+    state.put_foreign("no event")
+    state.put_foreign([*name, np.zeros((1, 2, 2)), 9000.0])
+    state.put_foreign([0, 0, np.zeros((1, 2, 2)), 9000.0])
+    refused, bad, good = ask(state).records
+    assert isinstance(bad, ForeignItem)
+    found = item_to_event(bad.payload, bad.stream, bad.position)
+    assert isinstance(found, Refusal)
+    assert found.id == bad.id
+    assert "integers from 0 to 2^63 - 1" in found.reason
+    assert len({refused.id, bad.id, good.id}) == 3
+
+
+@given(
+    stream=st.text(st.characters(codec=None), max_size=5),
+    rank=st.integers() | st.none() | st.text(max_size=2),
+    idx=st.integers(-(2**65), 2**65),
+)
+def test_whatever_its_identity_a_record_is_ready_or_quarantined(
+    stream: Any, rank: Any, idx: Any
+) -> None:
+    rejected: list[Entry] = []
+    state = QueueState("events", 9, 1000, quarantine=lambda entry, _: rejected.append(entry))
+    state.open("p")
+    one = Event(EventId(stream, rank, idx), np.zeros((1, 2, 2), np.uint8), 9000.0)
+    assert state.put("p", [one, one]) == 2
+    now = state.statistics()
+    assert (now.accepted, now.duplicates) == (1, 1)
+    assert now.ready + now.quarantined == 1
+    assert now.quarantined == len(rejected)
+    assert all(identity_problem(entry.id) is None for entry in rejected)
+
+
+def test_a_result_that_is_no_result_is_quarantined_under_its_own_identity() -> None:
+    state = QueueState("results", 9, 1000)
+    state.open("p")
+    nothing: Any = None
+    result = Result(EventId("s", 0, 3), np.zeros((1, 2, 2)), nothing, 9000.0)
+    assert state.put("p", [result]) == 1
+    (line,) = state.statistics().quarantine
+    assert line.startswith("s:0:3: result s:0:3: image, peaks and mask must be arrays")
+
+
+def test_events_that_are_none_stay_apart_whatever_their_ranks() -> None:
+    state = QueueState("events", 99, 10**6)
+    state.open("p")
+    picture: Any = "no array"
+    names = [EventId("s", rank, idx) for rank in (-2, -1, 0) for idx in (-1, 0, 1)]
+    assert state.put("p", [Event(key, picture, 9000.0) for key in names]) == 9
+    assert len({record.id for record in ask(state, most=9).records}) == 9
+
+
+def test_names_and_reasons_forge_no_lines() -> None:
+    state = QueueState("events", 9, 1000)
+    with pytest.raises(ValueError, match=r"must be printable text, not 'p\\n12:00 ERROR'"):
+        state.open("p\n12:00 ERROR")
+    state.open("p")
+    state.put("p", [event(0)])
+    state.reject(dict.fromkeys(tokens(ask(state)), "bad\n12:00 ERROR all is lost\x1b[2J"))
+    state.close("p", failure="RuntimeError: one\ntwo\0")
+    now = state.statistics()
+    assert now.failures == {"p": r"RuntimeError: one\ntwo\x00"}
+    assert now.quarantine == [r"s:0:0: bad\n12:00 ERROR all is lost\x1b[2J"]
 
 
 def test_a_failed_producer_is_named() -> None:
