@@ -8,8 +8,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.photon_energy import HC_EV_ANGSTROM, JOULES_PER_EV
-from peaknet_predict.sources.base import energies_from_table, plausible
+from peaknet_predict.sources.energies import energies_from_table, plausible, to_ev
 from peaknet_predict.sources.hdf5.files import LinkedFile
 from peaknet_predict.sources.hdf5.nexus import detectors, entry_of, find_groups, join, text
 
@@ -21,45 +20,12 @@ CXI_ENERGY = "/entry_1/instrument_1/source_1/energy"
 
 Energies = npt.NDArray[np.float64]
 
-_EV = {
-    1.0: ("ev", "electronvolt", "electronvolts", "electron volt", "electron volts"),
-    1e3: ("kev", "kiloelectronvolt", "kiloelectronvolts"),
-    1.0 / JOULES_PER_EV: ("j", "joule", "joules"),
-}
-_ANGSTROM = {
-    1.0: ("a", "å", "ångström", "angstrom", "angstroms", "ang"),
-    10.0: ("nm", "nanometer", "nanometers", "nanometre", "nanometres"),
-    0.01: ("pm", "picometer", "picometers", "picometre", "picometres"),
-    1e10: ("m", "meter", "meters", "metre", "metres"),
-}
-_FACTORS = {name: factor for factor, names in _EV.items() for name in names}
-_LENGTHS = {name: factor for factor, names in _ANGSTROM.items() for name in names}
-
 
 class Found(NamedTuple):
     """Photon energies, (N,) in eV, NaN where there is none; and the dataset that they come from."""
 
     energies: Energies
     where: str
-
-
-def to_ev(values: Energies, unit: str) -> Energies | None:
-    """Convert energies, or wavelengths, to photon energies in eV; None for an unknown unit.
-
-    Parameters
-    ----------
-    values
-        Energies or wavelengths.
-    unit
-        Its name, in any case: eV, keV, J, angstrom, nm, pm or m.
-    """
-    name = unit.strip().casefold()
-    if name in _FACTORS:
-        return values * _FACTORS[name]
-    if name in _LENGTHS:
-        with np.errstate(divide="ignore"):
-            return np.asarray(HC_EV_ANGSTROM / (values * _LENGTHS[name]))
-    return None
 
 
 def read_energies(
@@ -132,10 +98,4 @@ def _read(
     said = dataset.attrs.get("units", dataset.attrs.get("unit"))
     unit = unit or (default if said is None else text(said))
     values = energies_from_table(dataset[()], num_events, where)
-    energies = to_ev(values, unit)
-    if energies is None:
-        raise ValueError(
-            f"{where} is in {unit!r}; known units are eV, keV, J, angstrom, nm, pm and m. Say with "
-            "photon_energy_unit which one it is, or give photon_energy_ev instead"
-        )
-    return Found(energies, name)
+    return Found(to_ev(values, unit, where), name)

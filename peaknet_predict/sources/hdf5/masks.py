@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import h5py
 import numpy as np
-import numpy.typing as npt
 
 from peaknet_predict.sources.hdf5.axes import channel_names
 from peaknet_predict.sources.hdf5.files import LinkedFile
 from peaknet_predict.sources.hdf5.frames import Frames
 from peaknet_predict.sources.hdf5.nexus import detectors, entry_of, join
+from peaknet_predict.sources.masks import Bits, Mask
 from peaknet_predict.types import Image
-
-Mask = npt.NDArray[np.bool_]
-"""True where a pixel is bad, of the shape of an image."""
-
-MAX_BAD = 0.5
-"""Share of bad pixels beyond which a mask more probably has 1 for good pixels."""
-
-
-class Bits(NamedTuple):
-    """Which bits of a mask mean what, as in CrystFEL's geometry files.
-
-    A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. Given are the user's own
-    settings; None stands for CXI's and NeXus's, by which any bit marks a bad pixel.
-    """
-
-    good: int | None
-    bad: int | None
-
-    def find_bad(self, values: npt.NDArray[np.integer]) -> Mask:
-        """Return where a mask says that pixels are bad."""
-        if self.good is None and self.bad is None:
-            return np.asarray(values != 0)
-        good, bad = self.good or 0, self.bad or 0
-        values = values.astype(np.int64, copy=False)
-        return np.asarray(((values & bad) != 0) | ((values & good) != good))
 
 
 def find_masks(opened: LinkedFile, frames: str, threshold: int | None) -> tuple[list[str], bool]:
@@ -94,7 +67,7 @@ class MaskReader:
     UnreadableError
         If it cannot be read.
     ValueError
-        If it marks more than `MAX_BAD` of the pixels and the user has not said what its bits mean.
+        If it marks more pixels than is credible, see `Bits.check_share`.
     """
 
     def __init__(
@@ -113,13 +86,7 @@ class MaskReader:
         self.is_static = len(self._frames) == 1
         self._static = first if self.is_static else None
         self.num_bad = int(np.count_nonzero(first))
-        if bits == Bits(None, None) and self.num_bad > MAX_BAD * first.size:
-            raise ValueError(
-                f"{opened.path}: the mask {name} has {self.num_bad} of {first.size} pixels that "
-                "are not 0, which usually marks bad ones. If its 1 marks good pixels, set "
-                "mask_good: 1 and mask_bad: 0; if they are bad, set mask_bad: 0xffffffff; to go "
-                "without it, set mask: none"
-            )
+        bits.check_share(first, f"{opened.path}: the mask {name}")
 
     def read(self, record: int) -> Mask:
         """Return the mask of an event.

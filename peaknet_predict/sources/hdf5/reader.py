@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import numpy.typing as npt
 
 from peaknet_predict.sources.hdf5.files import LinkedFile, UnreadableError
 from peaknet_predict.sources.hdf5.frames import READ_ERRORS, Frames
 from peaknet_predict.sources.hdf5.layout import Layout
 from peaknet_predict.sources.hdf5.masks import (
-    Bits,
     MaskReader,
     axes_of_mask,
     find_masks,
@@ -19,11 +17,10 @@ from peaknet_predict.sources.hdf5.masks import (
     read_marks,
 )
 from peaknet_predict.sources.hdf5.nexus import join
+from peaknet_predict.sources.masks import Bits, Mask
 from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Reader:

@@ -17,17 +17,16 @@ from peaknet_predict.sources.base import (
     EventSource,
     SkippedFile,
     check_first,
-    check_photon_energy_ev,
-    explain_energies,
     resolve_paths,
     unreadable,
 )
+from peaknet_predict.sources.energies import check_photon_energy_ev, explain_energies
 from peaknet_predict.sources.hdf5.axes import AXES
 from peaknet_predict.sources.hdf5.energy import CXI_ENERGY, LCLS_ENERGY, read_energies
 from peaknet_predict.sources.hdf5.files import LinkedFile, UnreadableError, add_plugins
 from peaknet_predict.sources.hdf5.layout import Layout, Request, find_layout
-from peaknet_predict.sources.hdf5.masks import Bits
 from peaknet_predict.sources.hdf5.reader import Reader
+from peaknet_predict.sources.masks import Bits
 from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,47 @@
+"""Masks of bad pixels that files hold, and what their bits mean."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+"""True where a pixel is bad, of the shape of an image."""
+
+MAX_BAD = 0.5
+"""Share of bad pixels beyond which a mask more probably has 1 for good pixels."""
+
+
+class Bits(NamedTuple):
+    """Which bits of a mask mean what, as in CrystFEL's geometry files.
+
+    A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. Given are the user's own
+    settings; None stands for CXI's and NeXus's, by which any bit marks a bad pixel.
+    """
+
+    good: int | None
+    bad: int | None
+
+    def find_bad(self, values: npt.NDArray[np.integer]) -> Mask:
+        """Return where a mask says that pixels are bad."""
+        if self.good is None and self.bad is None:
+            return np.asarray(values != 0)
+        good, bad = self.good or 0, self.bad or 0
+        values = values.astype(np.int64, copy=False)
+        return np.asarray(((values & bad) != 0) | ((values & good) != good))
+
+    def check_share(self, bad: Mask, where: str) -> None:
+        """Raise an error if a mask marks most pixels and the user has not said what bits mean.
+
+        Masks with 1 for good pixels are as common as masks with 1 for bad ones, and nothing in a
+        file tells them apart.
+        """
+        number = int(np.count_nonzero(bad))
+        if self == Bits(None, None) and number > MAX_BAD * bad.size:
+            raise ValueError(
+                f"{where} has {number} of {bad.size} pixels that are not 0, which usually marks "
+                "bad ones. If its 1 marks good pixels, set mask_good: 1 and mask_bad: 0; if they "
+                "are bad, set mask_bad: 0xffffffff; to go without it, set mask: none"
+            )
