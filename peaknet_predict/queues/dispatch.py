@@ -59,8 +59,8 @@ def next_records(
 ) -> tuple[list[Entry], bool]:
     """Take the records that a reader is handed next.
 
-    A suspected poison message goes alone to a reader that holds nothing else, and that reader gets
-    nothing more until it has brought it to its end.
+    A record that may be a poison message goes alone to a reader that holds nothing else, and that
+    reader gets nothing more until it has brought it to its end.
 
     Parameters
     ----------
@@ -81,10 +81,10 @@ def next_records(
         Whether nothing more comes before the reader has brought to an end what it holds.
     """
     holds_nothing = leases.holds_nothing(holder)
-    if ready.has_suspected:
-        return [ready.take_suspected()] if holds_nothing else [], True
+    if ready.has_isolated:
+        return [ready.take_isolated()] if holds_nothing else [], True
     alone = leases.held_alone(holder)
-    if alone is not None and alone.is_suspected:
+    if alone is not None and alone.may_be_poison:
         return [], True
     if len(ready):
         taken = ready.take(max_records)

@@ -9,10 +9,10 @@ from peaknet_predict.queues.records import Entry
 
 
 class ReadyLines:
-    """A bounded first-in first-out line of records, and a line of suspected poison messages.
+    """A bounded first-in first-out line of records, and a second line that isolates some.
 
-    A record that has cost two readers is suspected: it stands in the second line, from which
-    records are handed out one by one, so that no other record is blamed for its next loss.
+    A record that has cost two readers may be a poison message. It stands in the second line, from
+    which records are handed out one by one, so that no other record is blamed for its next loss.
 
     Parameters
     ----------
@@ -42,12 +42,12 @@ class ReadyLines:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._line: deque[Entry] = deque()
-        self._suspected: deque[Entry] = deque()
+        self._isolated: deque[Entry] = deque()
         self._reserved = 0
         self._reserved_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._line) + len(self._suspected)
+        return len(self._line) + len(self._isolated)
 
     @property
     def full(self) -> bool:
@@ -55,9 +55,9 @@ class ReadyLines:
         return not self.has_room(0)
 
     @property
-    def has_suspected(self) -> bool:
-        """Whether a suspected poison message is here."""
-        return bool(self._suspected)
+    def has_isolated(self) -> bool:
+        """Whether a record is here that may be a poison message."""
+        return bool(self._isolated)
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a record of this size can be added."""
@@ -92,16 +92,16 @@ class ReadyLines:
             self.redeliveries += 1
 
     def take(self, max_records: int) -> list[Entry]:
-        """Take records that are not suspected from the front."""
+        """Take records from the front of the first line."""
         return self._took([self._line.popleft() for _ in range(min(max_records, len(self._line)))])
 
-    def take_suspected(self) -> Entry:
-        """Take one suspected poison message."""
-        return self._took([self._suspected.popleft()])[0]
+    def take_isolated(self) -> Entry:
+        """Take one record that may be a poison message."""
+        return self._took([self._isolated.popleft()])[0]
 
     def _took(self, entries: list[Entry]) -> list[Entry]:
         self.nbytes -= sum(entry.nbytes for entry in entries)
         return entries
 
     def _line_of(self, entry: Entry) -> deque[Entry]:
-        return self._suspected if entry.is_suspected else self._line
+        return self._isolated if entry.may_be_poison else self._line

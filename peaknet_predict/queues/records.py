@@ -16,7 +16,7 @@ Kind = Literal["events", "results"]
 END_MARKER = "END"
 """What a reader that knows only ``get`` is handed at the end of a queue of results."""
 
-_SUSPECTED_AFTER = 2  # losses; by chance, a record is hardly ever there at two of them
+_POISON_AFTER = 2  # losses; by chance, a record is hardly ever there at two of them
 _DEPTH = 4  # of lists in lists; what is deeper is no event
 _TEXT = 1000  # characters kept of an object that is none of ours
 _LONGEST_INTEGER = 4096  # bits
@@ -95,9 +95,9 @@ class Entry:
     reason: str | None = None
 
     @property
-    def is_suspected(self) -> bool:
-        """Whether this may be a poison message, which costs every reader that takes it."""
-        return self.losses >= _SUSPECTED_AFTER
+    def may_be_poison(self) -> bool:
+        """Whether this may be a poison message: one that costs every reader that takes it."""
+        return self.losses >= _POISON_AFTER
 
 
 def entry_of(record: Record, uid: str = "") -> Entry:

@@ -41,8 +41,8 @@ class QueueState:
     changes nothing. A lease ends with the acknowledgement, or the record is ready again. The end of
     the stream is a state: all producers have closed it, and every record has been settled.
 
-    A record that has cost two readers is suspected to be a poison message: it is handed out alone,
-    so that no other record is blamed for it. After ``max_losses`` it is quarantined.
+    A record that has cost two readers may be a poison message: it is handed out alone, so that no
+    other record is blamed for it. After ``max_losses`` it is quarantined.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class QueueState:
         """
         self.tick()
         if len(self.ready):
-            (entry,) = self.ready.take(1) or [self.ready.take_suspected()]
+            (entry,) = self.ready.take(1) or [self.ready.take_isolated()]
             self.settlements.acknowledge(entry)
             self.acknowledged += 1
             return entry.record

@@ -237,6 +237,25 @@ def test_a_queue_that_is_being_restarted_is_waited_for(
         assert statistics(queue).open_producers == ["p"]
 
 
+def test_a_stream_of_three_methods_ends_with_a_reason_if_its_producer_died_with_the_queue(
+    address: QueueAddress, tmp_path: Path
+) -> None:
+    settings = {"spool": str(tmp_path / "spool"), "producer_timeout_s": 3.0}
+    address = replace(address, **settings)  # type: ignore[arg-type]
+    queue = connect_queue(address, "events")
+    handle = ray.get_actor(address.name, namespace=address.namespace)
+    for idx in range(4):
+        assert ray.get(handle.put.remote([7, idx, event(idx).image, 9000.0]))
+    assert len(take(queue.reader, "r", 2, 5.0)[0]) == 2
+    os.kill(pid_of_actor(address), signal.SIGKILL)
+    # psana-ray's producer would end here, with exit code 0.
+    assert statistics(queue).open_producers == ["a program that knows only put"]
+    assert [one.id.idx for one in take_all(queue)] == [2, 3]
+    (why,) = queue.reader.failures.values()
+    assert "since this queue was restarted" in why
+    assert "rank 7 idx 3. Start it again for the rest" in why
+
+
 def test_the_embedded_cluster_listens_on_loopback_and_its_token_is_private(cluster: str) -> None:
     assert cluster.startswith("127.0.0.1:")
     assert stat.S_IMODE(token_path().stat().st_mode) == 0o600

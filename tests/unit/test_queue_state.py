@@ -200,7 +200,7 @@ def test_a_record_that_kills_its_readers_is_isolated_and_then_quarantined() -> N
     assert "s:0:1: cost 4 readers" in statistics.quarantine[0]
 
 
-def test_a_suspect_waits_until_its_reader_holds_nothing_else() -> None:
+def test_what_may_be_poison_waits_until_its_reader_holds_nothing_else() -> None:
     state = QueueState("events", 10, 1000)
     state.open("p")
     state.put("p", [event(i) for i in range(3)])
@@ -213,7 +213,7 @@ def test_a_suspect_waits_until_its_reader_holds_nothing_else() -> None:
     assert (waiting.tokens, waiting.flush) == ([], True), "nothing beside it"
     state.release(tokens(alone))
     other = ask(state, holder="other", most=1)
-    assert ids(other) == [0], "given back freely is no loss, but it stays a suspect"
+    assert ids(other) == [0], "given back freely is no loss, but it stays isolated"
     state.ack(tokens(other))
     assert ids(ask(state)) == [1, 2]
 
@@ -579,10 +579,10 @@ def test_what_happened_to_a_record_survives_the_queue() -> None:
         ("settled", 2, True),
         ("settled", 3, True),
     ], "the last had its line before, and gets no second one"
-    suspected = ask(state)
-    assert ids(suspected) == [1]
-    assert suspected.flush
-    state.release(tokens(suspected), "it raised")
+    poison = ask(state)
+    assert ids(poison) == [1]
+    assert poison.flush
+    state.release(tokens(poison), "it raised")
     assert ("line", 1, "cost 5 readers, the last time: it raised") in disk.written
     assert ids(ask(state, holder="another")) == [0]
 

@@ -154,7 +154,7 @@ def test_programs_of_three_methods_and_silence_answer_too(make: Callable[..., Qu
     run(test())
 
 
-def test_a_suspect_goes_to_whoever_holds_nothing_and_the_others_are_told(
+def test_poison_goes_to_a_reader_that_holds_nothing_and_the_others_are_told(
     make: Callable[..., QueueActor],
 ) -> None:
     async def test() -> None:
@@ -164,11 +164,11 @@ def test_a_suspect_goes_to_whoever_holds_nothing_and_the_others_are_told(
         for who in "xy":
             await actor.release((await Client(actor, who).get()).tokens, "it raised")
         holding, free = Client(actor, "a"), Client(actor, "b")
-        suspect = await free.get()
-        assert numbers(suspect) == [0]
+        poison = await free.get()
+        assert numbers(poison) == [0]
         assert numbers(await holding.get()) == [1]
         calls = [await waiting(client.get()) for client in (holding, Client(actor, "c"))]
-        await actor.release(suspect.tokens, None)
+        await actor.release(poison.tokens, None)
         assert (await calls[0]).flush
         assert not (await calls[0]).tokens
         assert numbers(await calls[1]) == [0]
