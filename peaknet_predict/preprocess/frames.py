@@ -48,24 +48,39 @@ class Crop(_Window):
     style
         'top-left' keeps rows and columns from 0; 'center' cuts equally on both sides (of an odd
         number of pixels one more at the bottom and right).
+    allow_crop
+        Whether pixels may be left out, and their peaks with them. By default panels larger than the
+        crop are an error, and their events are refused.
     """
 
     def __init__(
-        self, height: int, width: int, style: Literal["top-left", "center"] = "top-left"
+        self,
+        height: int,
+        width: int,
+        style: Literal["top-left", "center"] = "top-left",
+        allow_crop: bool = False,
     ) -> None:
         super().__init__(height, width)
         if style not in ("top-left", "center"):
             raise ValueError(f"style of Crop is 'top-left' or 'center', not {style!r}")
         self.style = style
+        self.allow_crop = allow_crop
 
     def offset(self, shape_PHW: Shape) -> tuple[int, int]:
-        """Return the first row and column that stay; ValueError for panels that are too small."""
+        """Return the first row and column that stay; ValueError for panels that do not fit."""
         _, height, width = shape_PHW
         if height < self.height or width < self.width:
             raise ValueError(
                 f"panels of {height}x{width} are smaller than the crop to {self.height}x"
                 f"{self.width}: put Pad(height={max(height, self.height)}, "
                 f"width={max(width, self.width)}) before it, or instead of it"
+            )
+        if not self.allow_crop and (height, width) != (self.height, self.width):
+            lost = 1 - self.height * self.width / (height * width)
+            raise ValueError(
+                f"the crop to {self.height}x{self.width} leaves out {lost:.0%} of a panel of "
+                f"{height}x{width}, and the peaks there: take PadToMultiple or Patchify"
+                f"(height={self.height}, width={self.width}) instead, or set allow_crop: true"
             )
         if self.style == "top-left":
             return 0, 0
@@ -104,8 +119,8 @@ class Pad(_Window):
         if height > self.height or width > self.width:
             raise ValueError(
                 f"panels of {height}x{width} are larger than the padding to {self.height}x"
-                f"{self.width}: put Crop(height={min(height, self.height)}, "
-                f"width={min(width, self.width)}) before it, or enlarge it"
+                f"{self.width}: enlarge it to Pad(height={max(height, self.height)}, "
+                f"width={max(width, self.width)}), or take PadToMultiple instead"
             )
         if self.style == "bottom-right":
             return 0, 0

@@ -8,11 +8,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
 
 from peaknet_predict.cli import main
 from peaknet_predict.doctor import doctor
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.preprocess import Transform
+from peaknet_predict.types import Event, EventBatch, EventId
 from tests.helpers.paths import CONFIGS
 
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
@@ -70,6 +77,36 @@ def test_fine_tuning_parses() -> None:
         CONFIGS / "models" / "peaknet_small.yaml", CONFIGS / "finetune.yaml", command="fit"
     )
     assert parsed["model"]["init_args"]["learning_rate"] == 3e-4  # type: ignore[index]
+
+
+class Far(nn.Module):
+    """Peak where a pixel stands out by more than 6, in whatever the preprocessing measures."""
+
+    def forward(self, images_N1HW: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(images_N1HW, 6.0), images_N1HW], dim=1)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_every_model_covers_whole_panels_and_finds_each_peak_once(model: Path) -> None:
+    """Peaks in both halves of a JUNGFRAU module, and where a crop or patch could end."""
+    parsed: Any = yaml.safe_load(model.read_text())["model"]["init_args"]
+    parser = ArgumentParser()
+    parser.add_argument("--preprocess", type=list[Transform])
+    steps = parser.instantiate(parser.parse_object({"preprocess": parsed["preprocess"]})).preprocess
+    places = [(0, 3, 9), (0, 255, 511), (1, 256, 512), (1, 500, 700), (0, 511, 1023), (1, 40, 768)]
+    image = np.random.default_rng(0).normal(100, 1, (2, 512, 1024)).astype(np.float32)
+    for panel, y, x in places:
+        image[panel, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] += 1000
+    event = Event(EventId("s", 0, 0), image, 9000.0)
+    batch = EventBatch(torch.from_numpy(image)[None], [event], [])
+    module = PeakNetModule(Far(), steps).eval()
+    with torch.inference_mode():
+        (result,) = module.predict_step(batch, 0).result().results
+    found = [(int(panel), round(y), round(x)) for panel, y, x in result.peaks]
+    # A peak in the last pixel is cut off by the border: 510.5 and 1022.5, rounded to even.
+    assert sorted(found) == sorted(
+        (panel, 510, 1022) if y == 511 else (panel, y, x) for panel, y, x in places
+    )
 
 
 @pytest.mark.parametrize("models_first", [True, False])

@@ -46,10 +46,10 @@ def test_an_image_without_panels_has_its_peaks_on_panel_0() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        [Crop(24, 28, "center")],
+        [Crop(24, 28, "center", allow_crop=True)],
         [Pad(48, 64, "center")],
         [Patchify(16, 20)],
-        [Pad(40, 44, "bottom-right"), Crop(32, 36, "top-left")],
+        [Pad(40, 44, "bottom-right"), Crop(32, 36, "top-left", allow_crop=True)],
     ],
     ids=lambda transforms: "-".join(type(t).__name__ for t in transforms),
 )
@@ -73,7 +73,7 @@ def test_shapes_that_do_not_fit_are_refused_and_the_stream_goes_on() -> None:
     small = [shot(i, [], shape=(2, 16, 16)) for i in range(2)]
     odd = [shot(2, [], shape=(2, 32, 42))]
     good = [shot(3, [(0, 3, 4)])]
-    module = PeakNetModule(Bright(), chain(Crop(20, 20)))
+    module = PeakNetModule(Bright(), chain(Crop(20, 20, allow_crop=True)))
     refused, fits = predict(module, [batch(small, 2), batch(good, 2)])
     assert [r.id.idx for r in refused.refused if r.id is not None] == [0, 1]
     assert "(2, 16, 16) does not fit" in refused.refused[0].reason

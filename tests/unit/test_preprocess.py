@@ -81,7 +81,7 @@ def test_bad_pixels_are_left_out_and_counted(dtype: str) -> None:
 def test_bad_pixels_that_are_cropped_away_count_too() -> None:
     images_BPHW = torch.zeros(1, 1, 8, 8)
     images_BPHW[0, 0, 7, 7] = torch.nan
-    prepared = chain(Crop(4, 4))(images_BPHW)
+    prepared = chain(Crop(4, 4, allow_crop=True))(images_BPHW)
     assert prepared.bad_pixels_B.tolist() == [1]
     assert prepared.valid_N1HW.all()
 
@@ -112,8 +112,10 @@ def test_crop_and_pad_and_patchify_put_pixels_where_they_say() -> None:
         array: npt.NDArray[Any] = chain(*transforms)(images_BPHW).images_N1HW[:, 0].numpy()
         return array
 
-    np.testing.assert_array_equal(images(Crop(3, 2))[0], image_HW[:3, :2])
-    np.testing.assert_array_equal(images(Crop(3, 3, "center"))[0], image_HW[1:4, 1:4])
+    np.testing.assert_array_equal(images(Crop(3, 2, allow_crop=True))[0], image_HW[:3, :2])
+    np.testing.assert_array_equal(
+        images(Crop(3, 3, "center", allow_crop=True))[0], image_HW[1:4, 1:4]
+    )
     np.testing.assert_array_equal(
         images(Pad(6, 9, "bottom-right"))[0], np.pad(image_HW, ((0, 1), (0, 3)))
     )
@@ -146,7 +148,7 @@ def shapes_and_chains(draw: st.DrawFn) -> tuple[Shape, list[Transform]]:
         transform: Transform
         if kind == "crop":
             size = draw(st.integers(1, now[1])), draw(st.integers(1, now[2]))
-            transform = Crop(*size, draw(st.sampled_from(["top-left", "center"])))
+            transform = Crop(*size, draw(st.sampled_from(["top-left", "center"])), allow_crop=True)
         elif kind == "pad":
             size = draw(st.integers(now[1], now[1] + 9)), draw(st.integers(now[2], now[2] + 9))
             transform = Pad(*size, draw(st.sampled_from(["center", "bottom-right"])))
@@ -223,7 +225,12 @@ def test_wrong_orders_name_the_remedy(transforms: list[Transform], message: str)
     [
         (Crop(512, 512), r"185x388 are smaller .* put Pad\(height=512, width=512\)"),
         (Crop(100, 512), r"put Pad\(height=185, width=512\)"),
-        (Pad(100, 512), r"185x388 are larger .* put Crop\(height=100, width=388\)"),
+        (
+            Crop(185, 194),
+            r"leaves out 50% of a panel of 185x388, and the peaks there: .* allow_crop",
+        ),
+        (Crop(100, 388), r"take PadToMultiple or Patchify\(height=100, width=388\) instead"),
+        (Pad(100, 512), r"185x388 are larger .* enlarge it to Pad\(height=185, width=512\)"),
     ],
 )
 def test_sizes_that_do_not_fit_name_the_remedy(transform: Transform, message: str) -> None:
@@ -248,7 +255,9 @@ def test_wrong_arguments() -> None:
 
 def test_the_graph_is_whole() -> None:
     torch.compiler.reset()
-    preprocess = chain(Pad(20, 24), Crop(18, 18, "center"), InstanceNorm(), Patchify(8, 8))
+    preprocess = chain(
+        Pad(20, 24), Crop(18, 18, "center", allow_crop=True), InstanceNorm(), Patchify(8, 8)
+    )
     compiled = torch.compile(preprocess, fullgraph=True, backend="eager")
     images_BPHW = torch.randn(2, 3, 19, 17, dtype=torch.float64)
     images_BPHW[0, 0, 3, 3] = torch.nan

@@ -224,7 +224,7 @@ def test_every_event_is_judged_by_itself() -> None:
 def test_what_is_cropped_away_counts_as_well() -> None:
     image = torch.from_numpy(planted("u4"))
     image[0, 0, -1, -1] = 2**32 - 1
-    chain = Preprocess([Crop(64, 64), InstanceNorm(), MergeBatchChannelDims()])
+    chain = Preprocess([Crop(64, 64, allow_crop=True), InstanceNorm(), MergeBatchChannelDims()])
     prepared = chain(image)
     assert prepared.bad_pixels_B.tolist() == [1]
     assert prepared.bad_BPHW.shape == image.shape
