@@ -2,7 +2,16 @@
 
 from peaknet_predict.sources.base import EventSource, SkippedFile
 from peaknet_predict.sources.hdf5 import Hdf5Source
+from peaknet_predict.sources.images import ImageFileSource
 from peaknet_predict.sources.npz import NpzSource
 from peaknet_predict.sources.simulator import PlantedPeaks, Simulator
 
-__all__ = ["EventSource", "Hdf5Source", "NpzSource", "PlantedPeaks", "Simulator", "SkippedFile"]
+__all__ = [
+    "EventSource",
+    "Hdf5Source",
+    "ImageFileSource",
+    "NpzSource",
+    "PlantedPeaks",
+    "Simulator",
+    "SkippedFile",
+]

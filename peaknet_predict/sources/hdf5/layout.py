@@ -87,7 +87,7 @@ class Layout:
         *panels, slow, fast = self.image_shape
         parts = [f"panels {panels[0] if panels else 1}", f"slow {slow}", f"fast {fast}"]
         if self.threshold is not None:
-            parts.insert(1, f"threshold {self.threshold + 1}")
+            parts.append(f"threshold {self.threshold + 1}")
         return f"{names} ({', '.join(parts)}; {self.dtype})"
 
 
