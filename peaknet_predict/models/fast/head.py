@@ -11,20 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peaknet_predict.models.fast import ops
+from peaknet_predict.models.fast import enlarge_ops, ops
 from peaknet_predict.models.fast.weights import Weights, bias_of
-from peaknet_predict.models.peaknet import LateralLayer
+from peaknet_predict.models.peaknet import LateralLayer, PeakNet
 
 
 class FastLateral(Weights):
-    """The head of one level, up to the classes: (N, h, w, 2) float32, added to another level's.
+    """The head of one level, up to what is enlarged at the end, added to another level's.
 
-    The last doubling is left out: it commutes with the classifier, and is done where the sum of
-    the levels that need it is added to the finest.
+    That is (N, h, w, 2) float32 logits; or, where the last enlargement is learned, log odds and
+    taps as `enlarge_ops.project` makes them. The last doubling is left out: it commutes with
+    either matrix, and is done where the sum of the levels that need it is added to the finest.
+
+    Parameters
+    ----------
+    lateral
+        The plain network's.
+    weight_KC, bias_K
+        The classifier, or the matrix of `odds_and_taps`.
+    learned
+        Whether the last enlargement is learned.
+    dtype
+        Of the matrices.
     """
 
     def __init__(
-        self, lateral: LateralLayer, weight_2C: Tensor, bias_2: Tensor, dtype: torch.dtype
+        self,
+        lateral: LateralLayer,
+        weight_KC: Tensor,
+        bias_K: Tensor,
+        learned: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.num_layers = len(lateral.layers)
@@ -38,10 +55,14 @@ class FastLateral(Weights):
             self._vector(f"norm_weight{i}", norm.weight)
             self._vector(f"norm_bias{i}", norm.bias)
             self.num_groups, self.eps = int(norm.num_groups), float(norm.eps)
-        self._vector("classifier", weight_2C)
-        self._vector("classifier_bias", bias_2)
+        self.learned = learned
+        if learned:
+            self._matrix("classifier", weight_KC, dtype)
+        else:
+            self._vector("classifier", weight_KC)
+        self._vector("classifier_bias", bias_K)
 
-    def forward(self, x_NHWC: Tensor, added_NHW2: Tensor | None) -> Tensor:
+    def forward(self, x_NHWC: Tensor, added_NHWK: Tensor | None) -> Tensor:
         """Classify one level's features, and add what the coarser levels say."""
         affine_N2C = x_NHWC  # of the layer before; there is always one before it is used
         for i in range(self.num_layers):
@@ -56,14 +77,39 @@ class FastLateral(Weights):
                 self.get_buffer(f"norm_bias{i}"),
                 self.eps,
             )
-        logits: Tensor = ops.classify(
+        classify = enlarge_ops.project if self.learned else ops.classify
+        out_NHWK: Tensor = classify(
             x_NHWC,
             affine_N2C,
             self.get_buffer("classifier"),
             self.get_buffer("classifier_bias"),
-            added_NHW2,
+            added_NHWK,
         )
-        return logits
+        return out_NHWK
+
+
+def classifier(net: PeakNet) -> tuple[Tensor, Tensor]:
+    """Return weight (2, C) and bias (2) of the classifier."""
+    return net.head_segmask.weight.flatten(1), bias_of(net.head_segmask)
+
+
+def odds_and_taps(net: PeakNet) -> tuple[Tensor, Tensor]:
+    """Return weight (K, C) and bias (K) of log odds and taps, as `enlarge_ops.enlarge` takes them.
+
+    Only the difference of the two classes decides, so one number stands for two logits.
+    """
+    learned = net.head_upsample_layer
+    assert learned is not None
+    assert learned.bias is not None
+    weight_2C, bias_2 = classifier(net)
+    weight_KC = weight_2C.new_zeros(enlarge_ops.ODDS_CHANNELS, weight_2C.shape[1])
+    weight_KC[0] = weight_2C[1] - weight_2C[0]
+    taps_KC = (learned.weight[:, 1] - learned.weight[:, 0]).flatten(1).t()
+    weight_KC[1 : 1 + len(taps_KC)] = taps_KC
+    bias_K = bias_2.new_zeros(enlarge_ops.ODDS_CHANNELS)
+    # Before the enlargement or after it, a constant is the same.
+    bias_K[0] = bias_2[1] - bias_2[0] + learned.bias[1] - learned.bias[0]
+    return weight_KC, bias_K
 
 
 def _conv3x3(x_NHWC: Tensor, weight_OCHW: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ multiplied together when the weights are loaded, in float32:
 - so does the bias of GRN, and the scale per channel that PeakNet's "depthwise" 1x1 convolution is;
 - the fusion weights of the BiFPN become numbers;
 - the classifier comes before the last enlargement: it works on each pixel alone and the
-  enlargement on each channel alone, so their order does not matter.
+  enlargement on each channel alone, so their order does not matter;
+- a learned last enlargement becomes 36 taps of each coarse pixel (`enlarge_ops`).
 
 Shape legend: as in `ops`.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from peaknet_predict.models.bifpn import BiFPNBlock, resize_bilinear
 from peaknet_predict.models.convnextv2 import ChannelNorm, ConvNextV2Block, Stage
-from peaknet_predict.models.fast import ops
+from peaknet_predict.models.fast import enlarge_ops, ops
 from peaknet_predict.models.fast.backbone import (
     FastBlock,
     FastDownsampling,
@@ -30,7 +31,7 @@ from peaknet_predict.models.fast.backbone import (
     FastStem,
     adapter_weights,
 )
-from peaknet_predict.models.fast.head import FastLateral
+from peaknet_predict.models.fast.head import FastLateral, classifier, odds_and_taps
 from peaknet_predict.models.fast.pyramid import FastPyramidBlock
 from peaknet_predict.models.fast.weights import bias_of
 from peaknet_predict.models.peaknet import LateralLayer, PeakNet
@@ -42,15 +43,15 @@ class FastPeakNet(nn.Module):
     Parameters
     ----------
     net
-        The network; its parameters are copied. It has two classes and no learned upsampling (see
-        `unsupported`).
+        The network; its parameters are copied. It has two classes (see `unsupported`).
     dtype
         Of matrices and features: bfloat16 on GPUs, float32 to compare with the plain network.
 
     Attributes
     ----------
     coarse_stride
-        Pixels of the panel in one of `coarse_logits`.
+        Pixels of the panel in one of `coarse_logits`; None where the last enlargement is learned,
+        and coarse logits do not determine the others.
     """
 
     def __init__(self, net: PeakNet, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -97,12 +98,12 @@ class FastPeakNet(nn.Module):
                     for i, block in enumerate(net.bifpn.blocks)
                 )
             )
-            classifier = net.head_segmask
+            self.learned = net.head_upsample_layer is not None
+            weight_KC, bias_K = odds_and_taps(net) if self.learned else classifier(net)
             # The bias counts once.
-            bias_2 = bias_of(classifier)
-            biases = [bias_2, *(torch.zeros_like(bias_2) for _ in stages[1:])]
+            biases = [bias_K, *(torch.zeros_like(bias_K) for _ in stages[1:])]
             self.laterals = nn.ModuleList(
-                FastLateral(cast(LateralLayer, lateral), classifier.weight.flatten(1), bias, dtype)
+                FastLateral(cast(LateralLayer, lateral), weight_KC, bias, self.learned, dtype)
                 for lateral, bias in zip(net.seg_lateral_layers, biases, strict=True)
             )
 
@@ -124,6 +125,21 @@ class FastPeakNet(nn.Module):
         ValueError
             If the input has another shape.
         """
+        return self._coarse(images_N1HW).permute(0, 3, 1, 2)
+
+    def forward(self, images_N1HW: Tensor) -> Tensor:
+        """Classify every pixel: (N, 2, H, W) logits; see `PeakNet.forward`.
+
+        They are float32; where the last enlargement is learned float16, unless the network
+        computes in float32, and then those of background are 0 and those of peak the log odds.
+        """
+        if self.learned:
+            logits_N2HW: Tensor = enlarge_ops.enlarge(self._coarse(images_N1HW))
+            return logits_N2HW
+        return resize_bilinear(self.coarse_logits(images_N1HW), self.coarse_stride or 1)
+
+    def _coarse(self, images_N1HW: Tensor) -> Tensor:
+        """Return what is enlarged at the end, (N, H/4, W/4, K): see `FastLateral`."""
         self._check_images(images_N1HW)
         x_NHWC = self.stem(images_N1HW)
         features: list[Tensor] = []
@@ -136,21 +152,17 @@ class FastPeakNet(nn.Module):
         # The finest level's adapter is part of the pyramid.
         adapted = [adapt(x) for adapt, x in zip(self.adapters, features[1:], strict=True)]
         pyramid = self.pyramid([features[0], *adapted])
-        logits_NHW2: Tensor | None = None
+        sum_NHWK: Tensor | None = None
         for lateral, x in zip(reversed(self.laterals), reversed(pyramid), strict=True):
-            logits_NHW2 = lateral(x, logits_NHW2)
-        assert logits_NHW2 is not None
-        return logits_NHW2.permute(0, 3, 1, 2)
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        """Classify every pixel: (N, 2, H, W) float32 logits; see `PeakNet.forward`."""
-        return resize_bilinear(self.coarse_logits(images_N1HW), self.coarse_stride or 1)
+            sum_NHWK = lateral(x, sum_NHWK)
+        assert sum_NHWK is not None
+        return sum_NHWK
 
 
 def unsupported(net: PeakNet) -> str | None:
     """Say why a PeakNet cannot be rewritten; None if it can."""
-    if net.coarse_stride is None:
-        return "it has a learned upsampling or more than two classes"
+    if net.head_segmask.out_channels != 2:
+        return f"it has {net.head_segmask.out_channels} classes, and the kernels know two"
     sizes = [adapter.in_channels for adapter in net.backbone_to_bifpn]
     if any(cast(int, size) % 8 for size in sizes):
         return f"its hidden sizes are {sizes}, and the kernels take multiples of 8"

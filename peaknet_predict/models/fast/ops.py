@@ -278,7 +278,7 @@ def _(
 @torch.library.custom_op("peaknet::activate_upsampled", mutates_args=())
 def activate_upsampled(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
     """Apply a factor and a term, then GELU, and double rows and columns: (N, 2H, 2W, C)."""
-    activated_NHWC = _activate(x_NHWC, affine_N2C)
+    activated_NHWC = activate(x_NHWC, affine_N2C)
     resized_NCHW = resize_bilinear(activated_NHWC.permute(0, 3, 1, 2), 2.0)
     return resized_NCHW.permute(0, 2, 3, 1).contiguous().to(x_NHWC.dtype)
 
@@ -297,7 +297,7 @@ def classify(
 
     ``added``, of the same shape or of half as many rows and columns and then enlarged, is added.
     """
-    logits_NHW2 = _activate(x_NHWC, affine_N2C) @ weight_2C.t() + bias_2
+    logits_NHW2 = activate(x_NHWC, affine_N2C) @ weight_2C.t() + bias_2
     if added is None:
         return logits_NHW2
     if added.shape[1] != x_NHWC.shape[1]:
@@ -312,6 +312,7 @@ def _(
     return x_NHWC.new_empty(*x_NHWC.shape[:3], 2, dtype=torch.float32)
 
 
-def _activate(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
+def activate(x_NHWC: Tensor, affine_N2C: Tensor) -> Tensor:
+    """Apply factor and term of `group_norm`, and GELU: float32, of the same shape."""
     factor_N11C, term_N11C = affine_N2C[:, :, None, None, :].unbind(1)
     return F.gelu(x_NHWC.float() * factor_N11C + term_N11C)

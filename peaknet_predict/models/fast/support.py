@@ -53,6 +53,7 @@ def load_kernels() -> None:
     # Where they are used: CuPy and Triton may not be installed.
     import peaknet_predict.models.fast.cuda_backbone
     import peaknet_predict.models.fast.cuda_pyramid
+    import peaknet_predict.models.fast.triton_enlarge
     import peaknet_predict.models.fast.triton_head  # noqa: F401
 
 
