@@ -76,6 +76,43 @@ def test_the_whole_network_is_the_plain_one(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [(TINY, (2, 64, 96)), (THREE_STAGES, (1, 48, 16)), (ATTO, (1, 32, 32))],
+    ids=["tiny", "narrow", "one-coarse-pixel-at-the-top"],
+)
+def test_a_learned_last_enlargement_is_the_plain_one(
+    sizes: dict[str, Any], shape: tuple[int, int, int]
+) -> None:
+    net = perturbed(**sizes, learned_upsample=True)
+    panels, height, width = shape
+    images_N1HW = torch.randn(panels, 1, height, width)
+    expected_NCHW = net(images_N1HW)
+    fast = FastPeakNet(net, torch.float32)
+    logits_NCHW = fast(images_N1HW)
+    assert fast.coarse_stride is net.coarse_stride is None
+    assert logits_NCHW.shape == expected_NCHW.shape
+    assert error(logits_NCHW.diff(dim=1), expected_NCHW.diff(dim=1)) < 1e-5
+    assert not logits_NCHW[:, 0].any()
+    # What the taps add is no small part of it.
+    net.head_upsample_layer = None
+    assert error(net(images_N1HW).diff(dim=1), expected_NCHW.diff(dim=1)) > 0.1
+
+
+@torch.inference_mode()
+def test_a_learned_enlargement_in_bfloat16_is_no_worse_than_the_plain_one() -> None:
+    net = perturbed(**TINY, learned_upsample=True)
+    images_N1HW = torch.randn(2, 1, 96, 128)
+    expected_NHW = net(images_N1HW).diff(dim=1)
+    fast_NHW = FastPeakNet(net)(images_N1HW.bfloat16()).float().diff(dim=1)
+    plain_NHW = net.bfloat16()(images_N1HW.bfloat16()).float().diff(dim=1)
+    ours, theirs = (
+        (odds_NHW - expected_NHW).square().mean().sqrt() for odds_NHW in (fast_NHW, plain_NHW)
+    )
+    assert ours < theirs
+
+
+@torch.inference_mode()
 def test_golden_logits() -> None:
     images_N1HW, expected_NCHW = golden()
     fast = FastPeakNet(small_peaknet(), torch.float32)
@@ -136,12 +173,11 @@ def test_networks_of_all_kinds(
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ({"learned_upsample": True}, "learned upsampling or more than two classes"),
-        ({"num_classes": 3}, "learned upsampling or more than two classes"),
+        ({"num_classes": 3}, "3 classes, and the kernels know two"),
         ({"hidden_sizes": (16, 28, 48, 64)}, "[16, 28, 48, 64], and the kernels take multiples"),
         ({"head_channels": 48}, "its head has 48 channels, and the kernels take powers of two"),
     ],
-    ids=["learned-upsample", "classes", "hidden-sizes", "head"],
+    ids=["classes", "hidden-sizes", "head"],
 )
 def test_networks_that_cannot_be_rewritten_are_refused_with_the_reason(
     sizes: dict[str, Any], reason: str
