@@ -25,7 +25,7 @@ from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims
 from peaknet_predict.types import Event, EventBatch, EventId, Image, Peaks
 
 
-def make_module(config: str) -> PeakNetModule:
+def make_module(config: str, **init_args: Any) -> PeakNetModule:
     """Make the module that a configuration file describes.
 
     Parameters
@@ -33,6 +33,8 @@ def make_module(config: str) -> PeakNetModule:
     config
         ``PATH`` or ``PATH@WEIGHTS``: a YAML file with a ``model``, and a weight file to be used
         instead of the one that it names. Everything else in the file is left alone.
+    **init_args
+        Arguments of the module that take the place of the file's.
 
     Raises
     ------
@@ -48,7 +50,7 @@ def make_module(config: str) -> PeakNetModule:
     if weights:
         model["init_args"]["net"].setdefault("init_args", {})["weights"] = weights
     # Compilation changes no peak and takes longer than these few events.
-    model["init_args"]["compile"] = False
+    model["init_args"] |= {"compile": False} | init_args
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PeakNetModule, "model", required=True)
     module = parser.instantiate(parser.parse_object({"model": model})).model

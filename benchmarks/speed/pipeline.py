@@ -96,11 +96,11 @@ def make_module(planted: Tensor, fast: bool = True) -> PlantedModule:
     )
 
 
-def make_trainer(*callbacks: L.Callback) -> L.Trainer:
+def make_trainer(*callbacks: L.Callback, precision: Any = "bf16-true") -> L.Trainer:
     return L.Trainer(
         accelerator="gpu",
         devices=1,
-        precision="bf16-true",
+        precision=precision,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peaknet_predict.models import PeakNet
-from peaknet_predict.models.fast import FastPeakNet, ops, support
+from peaknet_predict.models.fast import FastPeakNet, enlarge_ops, ops, support
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Pad
 from tests.helpers.networks import ATTO, THREE_STAGES, TINY, perturbed
@@ -236,6 +236,31 @@ def test_group_norm_and_what_follows_it(
         compare(ops.classify, x_NHWC, affine_N2C, weight_2C, bias_2, addend, float32_error=1e-3)
 
 
+@pytest.mark.parametrize("panels", PANELS)
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (2, 2)])
+@pytest.mark.parametrize("channels", [32, 64, 256])
+def test_log_odds_and_taps(channels: int, height: int, width: int, panels: int) -> None:
+    x_NHWC = features(panels, height, width, channels)
+    affine_N2C = vector(panels, 2, channels)
+    weight_KC = matrix(enlarge_ops.ODDS_CHANNELS, channels)
+    bias_K = vector(enlarge_ops.ODDS_CHANNELS)
+    added = [None, vector(panels, height, width, len(bias_K)).half()]
+    if height % 2 == width % 2 == 0:
+        added.append(vector(panels, height // 2, width // 2, len(bias_K)).half())
+    for addend in added:
+        arguments = x_NHWC, affine_N2C, weight_KC, bias_K, addend
+        # The factors are rounded to bfloat16, as the plain operator's are not.
+        compare(enlarge_ops.project, *arguments, float32_error=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("panels", PANELS)
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (1, 1), (1, 7)])
+def test_enlarge(height: int, width: int, panels: int, dtype: torch.dtype) -> None:
+    odds_NHWK = vector(panels, height, width, enlarge_ops.ODDS_CHANNELS).to(dtype)
+    compare(enlarge_ops.enlarge, odds_NHWK, float32_error=5e-4)
+
+
 # --- the network ---
 
 DEFAULT: dict[str, Any] = {}
@@ -286,9 +311,38 @@ def test_the_network_is_as_exact_as_the_plain_one_in_bfloat16(
     assert worst < 1.2 * max(error(a, b) for a, b in zip(plain_NCHW, expected_NCHW, strict=True))
 
 
-def in_parts(net: PeakNet, images_N1HW: Tensor) -> Tensor:
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        (ATTO, (128, 512, 512)),
+        (ATTO, (5, 192, 416)),
+        (ATTO, (1, 1920, 1920)),
+        (TINY, (3, 32, 96)),
+    ],
+    ids=str,
+)
+def test_a_learned_enlargement_is_as_exact_as_the_plain_one_in_bfloat16(
+    sizes: dict[str, Any], shape: tuple[int, int, int]
+) -> None:
+    net = perturbed(**sizes, learned_upsample=True)
+    fast = FastPeakNet(net).to(DEVICE)
+    net = net.to(DEVICE)
+    panels, height, width = shape
+    images_N1HW = torch.randn(panels, 1, height, width, device=DEVICE)
+    logits_NCHW = fast(images_N1HW.bfloat16())
+    assert torch.equal(fast(images_N1HW.bfloat16()), logits_NCHW)
+    expected = in_parts(net, images_N1HW, "forward").diff(dim=1)
+    plain = in_parts(net.bfloat16(), images_N1HW.bfloat16(), "forward").diff(dim=1)
+    found = logits_NCHW.float().diff(dim=1)
+    assert error(found, expected) < 1.2 * error(plain, expected)
+    worst = max(error(a, b) for a, b in zip(found, expected, strict=True))
+    assert worst < 1.2 * max(error(a, b) for a, b in zip(plain, expected, strict=True))
+
+
+def in_parts(net: PeakNet, images_N1HW: Tensor, method: str = "coarse_logits") -> Tensor:
     parts = torch.split(images_N1HW, 32)
-    return torch.cat([net.coarse_logits(part_N1HW) for part_N1HW in parts])
+    return torch.cat([getattr(net, method)(part_N1HW) for part_N1HW in parts])
 
 
 # --- the module ---

@@ -493,7 +493,7 @@ class Changed(PeakNet):
         ("32-true", {}, None, "precision is 32-true, the fast one computes in bfloat16"),
         ("bf16-true", {"fast": False}, None, "the fast one is switched off (fast: false)"),
         ("bf16-mixed", {}, Changed(**TINY), "Changed is a class of its own"),
-        ("bf16-true", {}, PeakNet(**TINY, num_classes=3), "more than two classes"),
+        ("bf16-true", {}, PeakNet(**TINY, num_classes=3), "3 classes, and the kernels know two"),
     ],
     ids=["precision", "switched-off", "subclass", "classes"],
 )

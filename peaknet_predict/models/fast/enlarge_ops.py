@@ -21,7 +21,7 @@ TAPS = 6
 convolution with this kernel, stride 4 and padding 1."""
 
 ODDS_CHANNELS = 40
-"""Channels of what `project` gives `enlarge`: log odds, the taps, and zeros up to a multiple of 8."""
+"""Channels of what `project` gives `enlarge`: log odds, taps, and zeros up to a multiple of 8."""
 
 
 @torch.library.custom_op("peaknet::project", mutates_args=())

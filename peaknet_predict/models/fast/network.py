@@ -33,7 +33,6 @@ from peaknet_predict.models.fast.backbone import (
 )
 from peaknet_predict.models.fast.head import FastLateral, classifier, odds_and_taps
 from peaknet_predict.models.fast.pyramid import FastPyramidBlock
-from peaknet_predict.models.fast.weights import bias_of
 from peaknet_predict.models.peaknet import LateralLayer, PeakNet
 
 
