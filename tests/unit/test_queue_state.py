@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -651,23 +653,61 @@ def test_items_after_a_restart_never_take_the_identity_of_earlier_ones() -> None
     assert len(set(seen)) == len(seen) == 12
 
 
+class Died(Exception):
+    """The queue's process has been killed."""
+
+
+class Memory:
+    """What a spool and a quarantine's disk know after the death of the queue's process."""
+
+    def __init__(self) -> None:
+        self.full = self.dies = False
+        self.unsettled: dict[EventId, Entry] = {}
+        self.accepted = self.quarantined = 0
+        self.state_of_streams: dict[str, Any] | None = None
+        self.kept: list[EventId] = []
+        self.waiting: list[EventId] = []  # in the process's own memory
+
+    def put(self, entry: Entry) -> None:
+        self.unsettled[entry.id] = copy.deepcopy(entry)
+        self.accepted += 1
+
+    def note(self, entry: Entry) -> None:
+        self.unsettled[entry.id] = copy.deepcopy(entry)
+
+    def settled(self, key: EventId, quarantined: bool) -> None:
+        del self.unsettled[key]
+        self.quarantined += quarantined
+
+    def books(self, books: dict[str, Any]) -> None:
+        self.state_of_streams = copy.deepcopy(books)
+
+    def quarantine(self, entry: Entry, reason: str) -> bool:
+        (self.waiting if self.full else self.kept).append(entry.id)
+        if self.dies:
+            raise Died
+        return not self.full
+
+    def retry(self) -> list[EventId]:
+        done, self.waiting = ([], self.waiting) if self.full else (self.waiting, [])
+        self.kept += done
+        return done
+
+
 class Conservation(RuleBasedStateMachine):
-    """Any order of calls and any silence, against a model: where each accepted key is."""
+    """Any order of calls, silences, full disks and restarts, against a model.
+
+    The model knows where each accepted key is.
+    """
 
     leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.quarantined: list[EventId] = []
-        self.state = QueueState(
-            *("events", 5, 22),
-            lease_s=10,
-            producer_timeout_s=1e9,
-            max_losses=3,
-            clock=self.clock,
-            quarantine=self.quarantine,
-        )
+        self.memory = Memory()
+        self.lives = 0
+        self.state = self.begin()
         self.state.open("a", of=2)
         self.state.open("b", of=2)
         self.accepted: set[EventId] = set()
@@ -678,8 +718,57 @@ class Conservation(RuleBasedStateMachine):
         self.waiting: list[tuple[str, int, int]] = []
         self.closed = False
 
-    def quarantine(self, entry: Entry, reason: str) -> None:
-        self.quarantined.append(entry.id)
+    def begin(self) -> QueueState:
+        """Begin a life of the queue."""
+        self.lives += 1
+        return QueueState(
+            *("events", 5, 22),
+            lease_s=10,
+            producer_timeout_s=1e9,
+            max_losses=3,
+            first_token=1000 * self.lives,
+            clock=self.clock,
+            quarantine=self.memory.quarantine,
+            journal=self.memory,
+        )
+
+    @property
+    def quarantined(self) -> list[EventId]:
+        return self.memory.kept + self.memory.waiting
+
+    @rule(full=st.booleans())
+    def fill_or_clear_the_disk(self, full: bool) -> None:
+        self.memory.full = full
+
+    @rule()
+    def retry(self) -> None:
+        self.state.settlements.confirm(self.memory.retry())
+
+    @rule()
+    def restart(self) -> None:
+        """The process dies; the next one has what was written down."""
+        memory, keys = self.memory, self.state.keys
+        memory.waiting, memory.dies = [], False
+        self.current = {}
+        self.heard = {}
+        self.waiting = []
+        self.state = self.begin()
+        self.state.restore(
+            copy.deepcopy(list(memory.unsettled.values())),
+            KeySet.from_json(keys.to_json()),
+            memory.state_of_streams,
+            memory.accepted,
+            memory.quarantined,
+            kept=set(memory.kept),
+        )
+
+    @rule(given=leases)
+    def die_behind_the_quarantines_line(self, given: list[int]) -> None:
+        """The line of the first is on disk, but not that it has been settled."""
+        self.memory.dies = True
+        with contextlib.suppress(Died):
+            self.state.reject(dict.fromkeys(given, "bad"))
+        self.restart()
 
     def expire(self) -> None:
         """What the model expects of time: silent holders hold nothing."""
@@ -692,7 +781,8 @@ class Conservation(RuleBasedStateMachine):
         records = [event(first + i, size=1 + (first + i) % 6) for i in range(count)]
         taken = self.state.put(producer, list(records))
         self.accepted |= {record.id for record in records[:taken]}
-        assert taken == count or len(self.state) > 0, "refused although there is room"
+        waiting = len(self.memory.waiting)
+        assert taken == count or len(self.state) + waiting > 0, "refused although there is room"
 
     @rule(target=leases, holder=st.sampled_from("xyz"), most=st.integers(1, 4))
     def get(self, holder: str, most: int) -> list[int]:
@@ -714,7 +804,7 @@ class Conservation(RuleBasedStateMachine):
             assert token not in self.current
             assert key not in {held for held, _ in self.current.values()}, "leased twice"
             self.current[token] = key, holder
-        done = len(self.acked) + len(self.quarantined)
+        done = len(self.acked) + len(self.memory.kept)
         assert delivery.ended == (self.closed and done == len(self.accepted))
         return tokens(delivery)
 
@@ -790,12 +880,15 @@ class Conservation(RuleBasedStateMachine):
         self.expire()
         assert statistics.accepted == len(self.accepted)
         assert statistics.acknowledged == len(self.acked)
-        assert statistics.quarantined == len(self.quarantined) == len(set(self.quarantined))
+        assert statistics.quarantined == len(self.memory.kept)
+        assert statistics.quarantining == len(self.memory.waiting)
+        assert len(self.quarantined) == len(set(self.quarantined)), "quarantined twice"
         assert statistics.leased == len(self.current)
         assert (
             statistics.accepted
             == statistics.acknowledged
             + statistics.quarantined
+            + statistics.quarantining
             + statistics.ready
             + statistics.leased
         )
@@ -805,6 +898,8 @@ class Conservation(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, one good reader brings all of it to an end."""
         self.close()
+        self.memory.full = False
+        self.retry()
         self.clock.now += 11
         seen: list[Any] = []
         for _ in range(200):
