@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from peaknet_predict.output_options import add_output_options, apply_output_options
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
 
@@ -70,6 +71,15 @@ class PredictCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Predict with a `PeakNetModule`, unless a configuration names another class."""
         _default_model(parser, "peaknet_predict.module.PeakNetModule")
+        add_output_options(parser)
+
+    def before_instantiate_classes(self) -> None:
+        """Put the options of the output where they belong."""
+        config = self.config[self.subcommand]
+        try:
+            apply_output_options(config.output, config.trainer.callbacks)
+        except ValueError as error:
+            self.parser.error(str(error))
 
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept.

@@ -1,0 +1,93 @@
+"""Options of ``predict`` for where results go: ``--output.queue.name``, ``--output.directory``, ...
+
+They are values of callbacks. Callbacks are a list in a configuration, and options reach into
+mappings only, so these values have options of their own, which win over what the list says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import TypedDict, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+from peaknet_predict.queues import QueueAddress
+
+# The keys of a queue's address, none of them required. Made from its fields, not a copy of them.
+_QueueKeys = TypedDict("_QueueKeys", get_type_hints(QueueAddress), total=False)  # type: ignore[misc]
+
+_TAKEN_BY = {"queue": "QueueWriter", "directory": "CxiOutput", "min_peaks": "CxiOutput"}
+
+
+def add_output_options(parser: ArgumentParser) -> None:
+    """Add the options to a parser."""
+    parser.add_argument(
+        "--output.queue",
+        type=_QueueKeys | None,
+        default=None,
+        help="values of the output queue, as --output.queue.name NAME; of QueueWriter",
+    )
+    parser.add_argument(
+        "--output.directory",
+        type=str | None,
+        default=None,
+        help="where CXI files go; of CxiOutput",
+    )
+    parser.add_argument(
+        "--output.min_peaks",
+        type=int | None,
+        default=None,
+        help="events with fewer peaks are counted, not written; of CxiOutput",
+    )
+
+
+def apply_output_options(
+    output: Namespace, callbacks: Iterable[Namespace] | Namespace | None
+) -> None:
+    """Put the options that were given into the callbacks that take them.
+
+    Parameters
+    ----------
+    output
+        The options; None where not given.
+    callbacks
+        Class paths and arguments of the callbacks, or of the only one, as parsed; changed in place.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the callbacks takes an option.
+    """
+    listed = [callbacks] if isinstance(callbacks, Namespace) else list(callbacks or ())
+    for option, value in vars(output).items():
+        if value is None:
+            continue
+        takers = [callback for callback in listed if _takes(callback.class_path, option)]
+        if len(takers) != 1:
+            name = _TAKEN_BY[option]
+            raise ValueError(
+                f"output.{option} is for one {name}, and trainer.callbacks has {len(takers)}: "
+                f"{_names(listed)}. "
+                + ("Add one (see configs/demo.yaml)" if not takers else "Set the values there")
+                + (", or run write-cxi, which has this option too" if name == "CxiOutput" else "")
+            )
+        arguments = takers[0].init_args
+        if option == "queue":
+            for key, one in value.items():
+                arguments.queue[key] = one
+        else:
+            arguments[option] = value
+
+
+def _takes(class_path: str, option: str) -> bool:
+    module, _, name = class_path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    if option == "queue":
+        return "queue" in parameters
+    return {"directory", "min_peaks"} <= set(parameters)
+
+
+def _names(callbacks: list[Namespace]) -> str:
+    return ", ".join(one.class_path.rpartition(".")[2] for one in callbacks) or "none at all"
