@@ -27,19 +27,7 @@ _UNLIMITED = 2**62  # sizes from here on stand for 'as much as there is'
 
 
 class UnreadableError(ValueError):
-    """A file, or something that it refers to, cannot be read; the message says why.
-
-    Parameters
-    ----------
-    message
-        A sentence that names file and cause.
-    events
-        How many events are lost with it; None if that is not known.
-    """
-
-    def __init__(self, message: str, events: int | None = None) -> None:
-        super().__init__(message)
-        self.events = events
+    """A file, or something that it refers to, cannot be read; the message says why."""
 
 
 def open_file(path: Path) -> h5py.File:

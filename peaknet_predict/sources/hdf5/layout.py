@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import h5py
@@ -14,10 +15,14 @@ from peaknet_predict.sources.hdf5.axes import axes_of, channel_names
 from peaknet_predict.sources.hdf5.files import LinkedFile, UnreadableError
 from peaknet_predict.sources.hdf5.nexus import (
     NUMBERED,
+    detectors,
+    entry_of,
     find_frames,
     frames_of_group,
     join,
 )
+
+logger = logging.getLogger(__name__)
 
 Join = Literal["events", "panels"]
 
@@ -118,16 +123,18 @@ def find_layout(
         If there is no such dataset, or if it is ambiguous what belongs together or what an axis is.
     """
     names, how = _names(opened, request)
-    lost = [SkippedFile(opened.path, reason, None) for reason in _gaps(opened, names)]
+    # A list of the user's own may have gaps on purpose.
+    gaps = [] if isinstance(request.data, list) else _gaps(opened, names)
+    lost = [SkippedFile(opened.path, reason, None) for reason in gaps]
     kept: list[tuple[str, tuple[str, ...]]] = []
     for name in names:
         try:
             opened.dataset(name)
             kept.append((name, axes_of(opened, name, request.axes, request.threshold is not None)))
         except UnreadableError as error:
-            lost.append(SkippedFile(opened.path, str(error), error.events))
+            lost.append(SkippedFile(opened.path, str(error), None))
     if lost and (not skip or how == "panels" or not kept):
-        raise UnreadableError(lost[0].reason, lost[0].events)
+        raise UnreadableError(lost[0].reason)
     first, axes = kept[0]
     threshold = _threshold(opened, first, axes, request.threshold)
     frames = {name: _frame_shape(opened, name, axes) for name, axes in kept}
@@ -153,7 +160,28 @@ def find_layout(
         _cut(opened, first, shape, request.panel_height),
         opened.dataset(first).dtype,
     )
+    missing = _announced(opened, first) - layout.num_events
+    if len(lost) == 1 and missing > 0:
+        lost = [replace(lost[0], events=missing)]
+    elif not lost and missing > 0 and how == "events" and isinstance(request.data, str | None):
+        logger.warning(
+            "%s announces %d images, and %d are there",
+            opened.path,
+            layout.num_events + missing,
+            layout.num_events,
+        )
     return layout, lost
+
+
+def _announced(opened: LinkedFile, name: str) -> int:
+    """Return how many images a DECTRIS master announces; 0 if it does not say."""
+    for detector in detectors(opened, entry_of(name)):
+        counts = [
+            opened.find(join(detector, "detectorSpecific", key)) for key in ("nimages", "ntrigger")
+        ]
+        if all(isinstance(count, h5py.Dataset) and count.size == 1 for count in counts):
+            return int(np.prod([int(count[()].reshape(())) for count in counts]))
+    return 0
 
 
 def _names(opened: LinkedFile, request: Request) -> tuple[list[str], Join]:
@@ -170,6 +198,7 @@ def _names(opened: LinkedFile, request: Request) -> tuple[list[str], Join]:
                     f"{opened.path}: the group {name} has no frames. " + opened.inventory()
                 )
             return names, "events"
+        _warn_of_others(opened, name)
         return [name], "events"
     names = [join(name) for name in data]
     series = all(NUMBERED.fullmatch(name.rpartition("/")[2]) for name in names)
@@ -188,8 +217,24 @@ def _names(opened: LinkedFile, request: Request) -> tuple[list[str], Join]:
     return names, how or "events"
 
 
+def _warn_of_others(opened: LinkedFile, name: str) -> None:
+    """Warn if a dataset is one piece of a series, the others of which are not read."""
+    group, _, own = name.rpartition("/")
+    others = frames_of_group(opened, group) if NUMBERED.fullmatch(own) else []
+    if len(others) > 1:
+        logger.warning(
+            "%s: %s is one of %d pieces of a series; data: %s reads all of them",
+            opened.path,
+            name,
+            len(others),
+            group,
+        )
+
+
 def _gaps(opened: LinkedFile, names: Sequence[str]) -> list[str]:
     """Return a sentence for each number that is missing in a series of DECTRIS's datasets."""
+    if len(names) == 1:
+        return []
     numbers = [int(name[-6:]) for name in names if NUMBERED.fullmatch(name.rpartition("/")[2])]
     missing = sorted(set(range(1, max(numbers, default=0))) - set(numbers))
     group = names[0].rpartition("/")[0]

@@ -173,7 +173,7 @@ class Hdf5Source(EventSource):
                         "" if len(paths) == 1 or not isinstance(error, UnreadableError) else _HINT
                     )
                     raise ValueError(f"{error}{hint}") from error
-                self.skipped.append(SkippedFile(file, str(error), getattr(error, "events", None)))
+                self.skipped.append(SkippedFile(file, str(error), None))
         self._check_files(paths, linked)
 
     def _inspect(self, path: Path, skip: bool, linked: dict[Path, Path]) -> None:
