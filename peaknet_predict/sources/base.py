@@ -16,6 +16,8 @@ from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)
 
+SKIP_HINT = ". To leave out files that cannot be read, set skip_unreadable: true"
+
 
 @dataclass(frozen=True)
 class SkippedFile:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from peaknet_predict.sources.base import (
+    SKIP_HINT,
     EventSource,
     SkippedFile,
     check_first,
@@ -133,7 +134,8 @@ class NpzSource(EventSource):
                 self._files.append(self._inspect(file))
             except ValueError as error:
                 if not skip_unreadable:
-                    raise
+                    hint = SKIP_HINT if len(paths) > 1 else ""
+                    raise ValueError(f"{error}{hint}") from error
                 self.skipped.append(SkippedFile(file, str(error), None))
                 logger.warning("%s is left out: %s", file, error)
         if not self._files:

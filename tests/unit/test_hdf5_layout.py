@@ -265,7 +265,7 @@ def test_the_signal_of_a_nexus_file(write: Write, as_bytes: bool, way: str) -> N
         # Another plot that could be meant, but for `default`.
         attributes |= {"scan_S_other__NX_class": word("NXdata"), "scan_S_other__signal": word("x")}
     if way == "old":
-        attributes["scan_S_plot_S_images__signal"] = 1  # type: ignore[assignment]
+        attributes["scan_S_plot_S_images__signal"] = 1
     else:
         attributes["scan_S_plot__signal"] = word("images")
     items = {"scan/plot/images": data, "scan/other/x": frames(3, 4, 4)}

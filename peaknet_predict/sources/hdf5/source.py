@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peaknet_predict.sources.base import (
+    SKIP_HINT,
     EventSource,
     SkippedFile,
     check_first,
@@ -170,7 +171,9 @@ class Hdf5Source(EventSource):
             except ValueError as error:
                 if not skip_unreadable:
                     hint = (
-                        "" if len(paths) == 1 or not isinstance(error, UnreadableError) else _HINT
+                        ""
+                        if len(paths) == 1 or not isinstance(error, UnreadableError)
+                        else SKIP_HINT
                     )
                     raise ValueError(f"{error}{hint}") from error
                 self.skipped.append(SkippedFile(file, str(error), None))
@@ -299,9 +302,6 @@ def _describe(kind: str, files: list[_File]) -> str:
     low, high = (given.min(), given.max()) if given.size else (np.nan, np.nan)
     between = f"{low:.1f} eV" if low == high else f"{low:.1f} to {high:.1f} eV"
     return f"{files[0].path}{more}: events {events} in {kind}, {between}; {files[0].masks}"
-
-
-_HINT = ". To leave out files that cannot be read, set skip_unreadable: true"
 
 
 def _check_axes(axes: list[str] | None, threshold: int | None) -> None:
