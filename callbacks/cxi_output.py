@@ -11,7 +11,8 @@ import lightning as L
 
 from peaknet_predict.callbacks.lookup import callback_of
 from peaknet_predict.callbacks.queue_writer import QueueWriter
-from peaknet_predict.consume import ConsumeReport, write_cxi
+from peaknet_predict.consume import write_cxi
+from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import (
     ClusterTask,

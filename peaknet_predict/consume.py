@@ -6,13 +6,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
-from peaknet_predict.cxi.writer import CxiStatistics, CxiWriteError, CxiWriter
-from peaknet_predict.process.balance import queue_balance, write_balance
-from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
+from peaknet_predict.cxi.account import ConsumeReport
+from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
+from peaknet_predict.process.balance import queue_balance
+from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests, uninterrupted
 from peaknet_predict.queues import (
     QueueAddress,
     QueueError,
@@ -28,64 +28,6 @@ log = logging.getLogger(__name__)
 _WAIT_S = 1.0
 _EVENTS_PER_GET = 16  # bounds what is taken from the queue beyond what the writer holds
 _RETRY_S = 5.0
-
-
-@dataclass(slots=True)
-class ConsumeReport:
-    """What became of every result that was taken.
-
-    Attributes
-    ----------
-    taken
-        Items taken from the queue.
-    refused
-        Items that cannot be written, each named in the log and in the queue's quarantine.
-    given_back
-        Items that could not be written in time and are in the queue again.
-    cxi
-        The file writer's own counts.
-    failures
-        Producers that ended their part of the stream early, and why.
-    interrupted
-        Whether Ctrl-C or SIGTERM ended it before the stream did.
-    """
-
-    taken: int = 0
-    refused: int = 0
-    given_back: int = 0
-    cxi: CxiStatistics = field(default_factory=CxiStatistics)
-    failures: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-
-    @property
-    def unaccounted(self) -> int:
-        """How many of the results taken were neither written, filtered, refused nor given on."""
-        cxi = self.cxi
-        accounted = cxi.written + cxi.filtered + cxi.duplicates + cxi.handed_over
-        return self.taken - accounted - self.refused - self.given_back
-
-    @property
-    def balanced(self) -> bool:
-        """Whether every result taken was written, filtered or refused, by whomever."""
-        return self.unaccounted == 0 and self.given_back == 0
-
-    def __str__(self) -> str:
-        text = (
-            f"taken {self.taken} = written {self.cxi.written} + filtered {self.cxi.filtered} + "
-            f"refused {self.refused}"
-        )
-        for count, what in (
-            (self.cxi.duplicates, "in files already"),
-            (self.cxi.handed_over, "handed over"),
-            (self.given_back, "given back"),
-        ):
-            text += f" + {what} {count}" if count else ""
-        text += f", in {len(self.cxi.files)} files"
-        if self.unaccounted:
-            text += f"; LOST {self.unaccounted} that could not be written"
-        if self.cxi.truncated:
-            text += f"; {self.cxi.truncated} events had more peaks than a file's lists hold"
-        return text
 
 
 def write_cxi(
@@ -136,6 +78,7 @@ def write_cxi(
     connect(address)
     results = connect_queue(queue, "results", resumes=resume)
     warn_of_leftovers(results.admin, queue.name)
+    group = _new_group()
     writer = CxiWriter(
         directory,
         prefix,
@@ -144,23 +87,37 @@ def write_cxi(
         max_peaks=max_peaks,
         compression=compression,
         create=not resume,
+        run=results.reader.join(group),
         owner=results.reader.holder,
         still_ours=results.reader.still_held,
     )
-    report = drain(results.reader, writer, grace_s)
+    report = drain(results.reader, writer, grace_s, group)
     try:
-        stages = {"output": queue_balance(results.admin), "files": report}
-        write_balance(Path(directory) / f"{prefix}_balance.json", {"stages": stages})
+        writer.account.write_balance(report, {"output": queue_balance(results.admin)})
     except (OSError, QueueError) as error:
         log.error("the balance could not be written: %s", error)
     return report
 
 
-def drain(reader: Reader, writer: CxiWriter, grace_s: float = GRACE_S) -> ConsumeReport:
-    """Write everything that comes out of a connected queue until its stream ends."""
+def drain(
+    reader: Reader, writer: CxiWriter, grace_s: float = GRACE_S, group: str | None = None
+) -> ConsumeReport:
+    """Write everything that comes out of a connected queue until its stream ends.
+
+    Parameters
+    ----------
+    reader
+        Of the queue.
+    writer
+        Of the files; closed in the end, unless they cannot be written.
+    grace_s
+        How long it may take to its end after Ctrl-C or SIGTERM. A second one ends it at once.
+    group
+        The consumer group, if the reader has joined the stream already.
+    """
     report = ConsumeReport(cxi=writer.statistics)
-    group = f"write-cxi:{secrets.token_hex(4)}"
-    ended = False
+    group = group or _new_group()
+    ended = cut_off = False
     with stop_requests(grace_s) as stop:
         storage = _Storage(reader, writer, report, stop)
         try:
@@ -169,18 +126,29 @@ def drain(reader: Reader, writer: CxiWriter, grace_s: float = GRACE_S) -> Consum
                 report.taken += len(taken)
                 before = {who for one in taken if one.id for who in reader.lost_by(one.id)}
                 if before:
-                    storage.settle(lambda owners=before: writer.fence(owners))  # type: ignore[misc]
+                    storage.settle(partial(writer.fence, before))
                 for item in taken:
                     storage.write(item)
                 if reader.flush_wanted:
                     storage.settle(writer.flush)
+                else:
+                    storage.settle(partial(writer.record_filtered, at_once=not taken))
             storage.settle(writer.close)
         except CxiWriteError as error:
             log.error("gave up: %s", error)
+        except KeyboardInterrupt:
+            log.error("stopped at once: what is in no file goes back into the queue")
+            cut_off, ended = True, False
         report.given_back = reader.release()
+    if cut_off:
+        report.taken += max(0, -report.unaccounted)  # leased, and not counted any more
     report.failures = reader.failures
     report.interrupted = not ended
     return report
+
+
+def _new_group() -> str:
+    return f"write-cxi:{secrets.token_hex(4)}"
 
 
 class _Storage:
@@ -205,22 +173,24 @@ class _Storage:
         if isinstance(item, Refusal):
             self._refuse(item)
             return
-        result = item
         try:
-            self.settle(lambda: self._writer.add(result))
+            self.settle(partial(self._writer.add, item))
         except ValueError as error:
-            self._refuse(Refusal(result.id, str(error)))
+            self._refuse(Refusal(item.id, str(error)))
 
     def settle(self, write: Callable[[], list[EventId]]) -> None:
         """Repeat until storage takes the file, and acknowledge what is in it.
 
-        The events stay in memory and in the queue meanwhile. Who asks to stop is not kept waiting
-        beyond the grace: the error is raised in the end.
+        The events stay in memory and in the queue meanwhile. After a request to stop this goes on
+        for the grace; the error is raised in the end.
         """
         while True:
             try:
-                settled = write()
-                break
+                with uninterrupted():  # what is in a file is acknowledged
+                    settled = write()
+                    if settled:
+                        self._reader.ack(settled)
+                return
             except CxiWriteError as error:
                 # Before the try that would come too late.
                 if self._stop.out_of_time(_RETRY_S):
@@ -230,8 +200,6 @@ class _Storage:
                 # Once it is set, waiting for the request would not wait at all.
                 pause = time.sleep if self._stop.is_set() else self._stop.wait
                 pause(_RETRY_S)
-        if settled:
-            self._reader.ack(settled)
 
     def _refuse(self, refusal: Refusal) -> None:
         self._report.refused += 1

@@ -53,6 +53,19 @@ class KeySet:
             bounds[at:at] = [idx, idx + 1]
         return True
 
+    def update(self, other: KeySet) -> None:
+        """Add all keys of another set."""
+        for stream, rank, bounds in other.intervals():
+            mine = self._bounds.setdefault((stream, rank), [])
+            ends = [*mine[1::2], *bounds[1::2]]
+            intervals = sorted(zip([*mine[::2], *bounds[::2]], ends, strict=True))
+            mine.clear()
+            for begin, end in intervals:
+                if mine and begin <= mine[-1]:
+                    mine[-1] = max(mine[-1], end)
+                else:
+                    mine += [begin, end]
+
     def first_missing(self, stream: str, rank: int) -> int:
         """Return the first idx from 0 on that is not in the set."""
         bounds = self._bounds.get((stream, rank), [])

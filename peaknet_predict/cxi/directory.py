@@ -11,14 +11,13 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from peaknet_predict.cxi.file import read_ids
+from peaknet_predict.cxi.file import CxiSummary, read_summary
+from peaknet_predict.cxi.journal import JournalContents, read_journal
 from peaknet_predict.keys import KeySet
-from peaknet_predict.process.files import sync_directory, write_whole
+from peaknet_predict.process.files import sync_directory
 from peaknet_predict.types import ANYONE, EventId
 
 logger = logging.getLogger(__name__)
-
-LIST_NAME = "files.lst"
 
 
 class CxiWriteError(OSError):
@@ -28,7 +27,7 @@ class CxiWriteError(OSError):
 def write_error(path: Path, cause: BaseException, consequence: str) -> CxiWriteError:
     """Return the error for a cause of the system's: what it means, and what to do next."""
     number = getattr(cause, "errno", None) or errno.EIO
-    reason = getattr(cause, "strerror", None) or str(cause)
+    reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return CxiWriteError(number, f"{reason}. {consequence}{_next_step(number)}", str(path))
 
 
@@ -63,10 +62,10 @@ class CxiDirectory:
     ----------
     path
         The directory, resolved.
-    known
-        Events in finished files.
-    list_is_stale
-        Whether `update_list` has failed since a file was finished.
+    prefix, owner
+        As given.
+    known, filtered
+        Events in finished files, and events that a journal calls filtered.
 
     Raises
     ------
@@ -77,12 +76,14 @@ class CxiDirectory:
     def __init__(self, path: str | Path, prefix: str, owner: str | None, create: bool) -> None:
         # Resolved, so that the list stays right when the reader works in another directory.
         self.path = Path(path).resolve()
-        self.known = KeySet()
-        self.list_is_stale = False
-        self._prefix = prefix
-        self._owner = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.prefix = prefix
+        self.owner = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.known, self.filtered = KeySet(), KeySet()
         self._finished = re.compile(re.escape(prefix) + r"_(\d{4,})\.cxi")
-        self._looked_at: set[str] = set()
+        self._summaries: dict[str, CxiSummary | None] = {}
+        self._journals: dict[str, JournalContents] = {}
+        self._journal_sizes: dict[str, int] = {}
+        self._doubtful: Path | None = None
         try:
             # No parents: a path that is misspelt or not mounted must not be made up.
             if create:
@@ -100,18 +101,12 @@ class CxiDirectory:
             self._look_up()
         except OSError as error:
             raise write_error(self.path, error, "") from error
-        if len(self.known):
-            logger.info(
-                "%s: %d events are in finished files and will not be written again",
-                self.path,
-                len(self.known),
-            )
 
     def temporary_name(self) -> Path:
         """Return a name for an unfinished file that no other has."""
-        return self.path / f".{self._prefix}.{self._owner}.{secrets.token_hex(4)}.tmp"
+        return self.path / f".{self.prefix}.{self.owner}.{secrets.token_hex(4)}.tmp"
 
-    def publish(self, temporary: Path, ids: Iterable[EventId]) -> Path:
+    def publish(self, temporary: Path, summary: CxiSummary, ids: Iterable[EventId]) -> Path:
         """Give a finished file with these events the next free number, durably.
 
         Raises
@@ -119,31 +114,21 @@ class CxiDirectory:
         OSError
             If that is not possible, and also if another writer has taken over and deleted it.
         """
-        taken = [
-            int(match[1])
-            for entry in os.listdir(self.path)
-            if (match := self._finished.fullmatch(entry))
-        ]
-        number = max(taken, default=-1) + 1
-        while True:
-            path = self.path / f"{self._prefix}_{number:04d}.cxi"
-            try:
-                # A link fails where the name exists; a rename would replace the other file.
-                os.link(temporary, path)
-                break
-            except FileExistsError:
-                number += 1
+        if self._doubtful is not None:
+            self._doubtful.unlink(missing_ok=True)
+            self._doubtful = None
+        path = self._link(temporary)
         try:
-            # It may be gone: who has just taken over deletes it, and has found the finished file.
+            # It may be gone: a writer that has just taken over deletes it, and has found the file.
             temporary.unlink(missing_ok=True)
             sync_directory(self.path)
         except OSError:
             # Not known to be durable, so its events will be written again: not twice, though.
+            self._doubtful = path
             path.unlink(missing_ok=True)
+            self._doubtful = None
             raise
-        self._looked_at.add(path.name)
-        for key in ids:
-            self.known.add(key)
+        self._note(path.name, summary, ids)
         return path
 
     def fence(self, owners: Iterable[str]) -> None:
@@ -158,54 +143,94 @@ class CxiDirectory:
         """
         try:
             for owner in owners:
-                if owner != self._owner:
+                if owner != self.owner:
                     name = owner if owner == ANYONE else glob.escape(owner)
-                    pattern = f".{glob.escape(self._prefix)}.{name}.*.tmp"
+                    pattern = f".{glob.escape(self.prefix)}.{name}.*.tmp"
                     for path in self.path.glob(pattern):
                         path.unlink(missing_ok=True)
             self._look_up()
         except OSError as error:
             raise write_error(self.path, error, "Nothing was written. ") from error
 
-    def update_list(self) -> None:
-        """Write the names of all CXI files of the directory, for ``indexamajig -i``.
+    def look_again(self) -> None:
+        """Read what other writers have finished meanwhile; raises as `fence`."""
+        self.fence([])
+
+    def summary_of(self, name: str) -> CxiSummary | None:
+        """Return what a finished file holds, of any prefix; None if that cannot be told.
 
         Raises
         ------
-        CxiWriteError
-            If the list cannot be written; the CXI files are complete without it.
+        OSError
+            If storage fails.
         """
-        self.list_is_stale = True
-        path = self.path / LIST_NAME
-        try:
-            listed: list[Path] | None = None
-            # Another writer may finish a file and write the list between our two steps. Whoever
-            # writes last looks again, so no file is missed.
-            while (found := sorted(self.path.glob("*.cxi"))) != listed:
-                write_whole(path, "".join(f"{file}\n" for file in found).encode())
-                listed = found
-        except OSError as error:
-            raise write_error(path, error, "The CXI files are complete. ") from error
-        self.list_is_stale = False
-
-    def _look_up(self) -> None:
-        """Read which events are in finished files that have not been looked at yet."""
-        for name in sorted(os.listdir(self.path)):
-            if name in self._looked_at or not self._finished.fullmatch(name):
-                continue
-            path = self.path / name
+        if name not in self._summaries:
             try:
-                for key in read_ids(path):
-                    self.known.add(key)
+                self._note(name, *read_summary(self.path / name))
             except FileNotFoundError:
-                continue  # somebody has just taken it away
-            except (OSError, KeyError) as error:
+                return None  # somebody has just taken it away
+            except (OSError, KeyError, RuntimeError) as error:
                 if getattr(error, "errno", None) is not None:
                     # Storage's fault and not the file's. Its events must not be written again.
                     raise
-                logger.warning(
-                    "%s says not which events are in it (%s): they would be written again",
-                    path,
-                    error,
-                )
-            self._looked_at.add(name)
+                logger.warning("%s does not say which events are in it (%s)", name, error)
+                self._note(name, None, [])
+        return self._summaries[name]
+
+    def files_of(self, run: str | None = None) -> dict[Path, CxiSummary]:
+        """Return the finished files that are known, of one run or of all, with what they hold."""
+        return {
+            self.path / name: summary
+            for name, summary in sorted(self._summaries.items())
+            if summary is not None and run in (None, summary.run) and self._finished.fullmatch(name)
+        }
+
+    def journals_of(self, run: str) -> list[JournalContents]:
+        """Return what the journals of a run say, those of damaged headers included."""
+        return [journal for journal in self._journals.values() if journal.run in (None, run)]
+
+    def _link(self, temporary: Path) -> Path:
+        taken = [
+            int(match[1])
+            for entry in os.listdir(self.path)
+            if (match := self._finished.fullmatch(entry))
+        ]
+        number = max(taken, default=-1) + 1
+        while True:
+            path = self.path / f"{self.prefix}_{number:04d}.cxi"
+            try:
+                # A link fails where the name exists; a rename would replace the other file.
+                os.link(temporary, path)
+            except FileExistsError:
+                # A network file system repeats a call whose answer was lost.
+                if not path.samefile(temporary):
+                    number += 1
+                    continue
+            return path
+
+    def _note(self, name: str, summary: CxiSummary | None, ids: Iterable[EventId]) -> None:
+        self._summaries[name] = summary
+        if self._finished.fullmatch(name):
+            for key in ids:
+                self.known.add(key)
+
+    def _look_up(self) -> None:
+        """Read what there is that has not been looked at yet."""
+        for name in sorted(os.listdir(self.path)):
+            if self._finished.fullmatch(name):
+                self.summary_of(name)
+            elif name.startswith(f"{self.prefix}_journal_") and name.endswith(".jsonl"):
+                self._read_journal(name)
+
+    def _read_journal(self, name: str) -> None:
+        size = (self.path / name).stat().st_size
+        if self._journal_sizes.get(name) == size:
+            return
+        journal = read_journal(self.path / name)
+        if journal.damaged and name not in self._journals:
+            logger.error(
+                "%s is damaged in %d lines: events that they call filtered are not counted",
+                *(self.path / name, journal.damaged),
+            )
+        self._journals[name], self._journal_sizes[name] = journal, size
+        self.filtered.update(journal.filtered)

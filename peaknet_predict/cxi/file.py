@@ -7,12 +7,11 @@ Shape legend: N events of a file, P panels, H rows and W columns of a panel, M p
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -25,18 +24,14 @@ from peaknet_predict.cxi.layout import (
     MASK,
     OWN,
     PEAKS,
-    contents_of,
+    Contents,
     mask_of,
     open_cxi,
     shared_mask,
 )
 from peaknet_predict.cxi.row import CxiRow
+from peaknet_predict.cxi.witness import Witness
 from peaknet_predict.types import EventId, Image, Peaks
-
-T = TypeVar("T")
-
-
-_MOST_METADATA = 2**20  # bytes of one write that HDF5 may want to read again: no images
 
 
 class _CarefulFile:
@@ -73,99 +68,31 @@ class _CarefulFile:
         return self._raw.truncate(size)
 
 
-class _Witness:
-    """What HDF5 is given for a file: it remembers the first exception, and lets none through.
-
-    HDF5 swallows what the methods of a file object raise. When a write fails it cannot close its
-    objects either: h5py prints such errors but does not raise them (a broken file looks finished),
-    and the process may crash later (seen with HDF5 2.0 on a full disk). So HDF5 is told that all is
-    well, nothing more is written, and the error is raised when HDF5 has let go of the file.
-    """
-
-    def __init__(self, file: _CarefulFile) -> None:
-        self.error: BaseException | None = None
-        self._file = file
-        # Where HDF5 believes to be, and how long it believes the file to be.
-        self._position = self._size = 0
-        # What it believes to have written since the error: it crashes if it reads zeros instead.
-        self._unwritten: list[tuple[int, bytes]] = []
-
-    def read(self, size: int = -1) -> bytes:
-        """Is never called; h5py knows file objects by it."""
-        raise NotImplementedError
-
-    def readinto(self, buffer: memoryview) -> int:
-        """As `_CarefulFile.readinto`."""
-        view = memoryview(buffer).cast("B")
-        self._attempt(self._file.readinto, view)
-        if self.error is not None:
-            self._read_unwritten(view)
-        self._position += len(view)
-        return len(view)
-
-    def write(self, buffer: memoryview) -> int:
-        """As `_CarefulFile.write`."""
-        view = memoryview(buffer).cast("B")
-        self._attempt(self._file.write, view)
-        if self.error is not None and len(view) <= _MOST_METADATA:
-            self._unwritten.append((self._position, bytes(view)))
-        self._position += len(view)
-        self._size = max(self._size, self._position)
-        return len(view)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As `_CarefulFile.seek`."""
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = origin + offset
-        self._attempt(self._file.seek, offset, whence)
-        return self._position
-
-    def tell(self) -> int:
-        """As `_CarefulFile.tell`."""
-        self._attempt(self._file.tell)
-        return self._position
-
-    def truncate(self, size: int) -> int:
-        """As `_CarefulFile.truncate`."""
-        self._size = size
-        self._attempt(self._file.truncate, size)
-        return size
-
-    def flush(self) -> None:
-        """Do nothing: the file has no buffer, and syncing is the caller's."""
-
-    def _attempt(self, call: Callable[..., int], *args: Any) -> None:
-        if self.error is None:
-            try:
-                call(*args)
-            except BaseException as error:  # a KeyboardInterrupt would be swallowed as well
-                # Its traceback would keep h5py's objects alive to the end of the process, which
-                # then crashes.
-                self.error = error.with_traceback(None)
-
-    def _read_unwritten(self, view: memoryview) -> None:
-        begin, end = self._position, self._position + len(view)
-        with contextlib.suppress(OSError, ValueError):
-            self._file.seek(begin)
-            self._file.readinto(view)
-        for offset, data in self._unwritten:
-            first, last = max(begin, offset), min(end, offset + len(data))
-            if first < last:
-                view[first - begin : last - begin] = data[first - offset : last - offset]
-
-
-def write_cxi_file(raw: BinaryIO, rows: Sequence[CxiRow], max_peaks: int, compression: str) -> None:
+def write_cxi_file(
+    raw: BinaryIO, rows: Sequence[CxiRow], contents: Contents, compression: str
+) -> None:
     """Write one complete file of events of one kind.
+
+    Parameters
+    ----------
+    raw
+        The file, open, empty and without a buffer.
+    rows
+        Its events.
+    contents
+        What `contents_of` says of them.
+    compression
+        Of the pixels, ``none`` or ``gzip``.
 
     Raises
     ------
     BaseException
         Whatever went wrong with the file, a KeyboardInterrupt too. What is in it is then of no use.
     """
-    witness = _Witness(_CarefulFile(raw))
+    witness = Witness(_CarefulFile(raw))
     try:
         with h5py.File(witness, "w") as file:
-            _write(file, rows, max_peaks, compression)
+            _write(file, rows, contents, compression)
     except Exception:
         if witness.error is None:
             raise
@@ -173,8 +100,7 @@ def write_cxi_file(raw: BinaryIO, rows: Sequence[CxiRow], max_peaks: int, compre
         raise witness.error
 
 
-def _write(file: Any, rows: Sequence[CxiRow], max_peaks: int, compression: str) -> None:
-    contents = contents_of(rows, max_peaks)
+def _write(file: Any, rows: Sequence[CxiRow], contents: Contents, compression: str) -> None:
     shape = (len(rows), *rows[0].slab.shape)
     chunks = (1, *rows[0].slab.shape)  # an indexing job reads frame by frame
     fast_gzip = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
@@ -244,12 +170,50 @@ class CxiEvent:
     bad_pixels: int
 
 
+@dataclass(frozen=True, slots=True)
+class CxiSummary:
+    """What a writer wants to know of a finished file, besides the identities of its events.
+
+    Attributes
+    ----------
+    run, writer
+        Names of the run and of the process that wrote it.
+    shape_PHW
+        Of its events.
+    num_events
+        How many it has.
+    truncated, without_energy
+        How many of them have more peaks than are listed, and no photon energy above zero.
+    """
+
+    run: str
+    writer: str
+    shape_PHW: tuple[int, int, int]
+    num_events: int
+    truncated: int
+    without_energy: int
+
+
+def read_summary(path: str | Path) -> tuple[CxiSummary, list[EventId]]:
+    """Read what a file holds, and of which events; raises as `read_cxi` does."""
+    with open_cxi(path) as file:
+        own, data = file[OWN], file[DATA]
+        columns = own["stream"].asstr()[:], own["rank"][:], own["idx"][:]
+        ids = [EventId(str(s), int(r), int(i)) for s, r, i in zip(*columns, strict=True)]
+        summary = CxiSummary(
+            run=str(own.attrs["run"]),
+            writer=str(own.attrs["writer"]),
+            shape_PHW=_shape_of(data),
+            num_events=len(ids),
+            truncated=int(np.count_nonzero(own["truncated"][:])),
+            without_energy=int(np.count_nonzero(~(file[ENERGY_EV][:] > 0))),
+        )
+        return summary, ids
+
+
 def read_ids(path: str | Path) -> list[EventId]:
     """Return the identities of a file's events; raises as `read_cxi` does."""
-    with open_cxi(path) as file:
-        own = file[OWN]
-        columns = own["stream"].asstr()[:], own["rank"][:], own["idx"][:]
-        return [EventId(str(s), int(r), int(i)) for s, r, i in zip(*columns, strict=True)]
+    return read_summary(path)[1]
 
 
 def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
@@ -274,12 +238,10 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
     """
     with open_cxi(path) as file:
         data, mask, own, result = file[DATA], file[MASK], file[OWN], file[PEAKS]
-        num_events, rows, width = data.shape
-        panels = int(data.parent.attrs["panels"])
-        shape_PHW = (panels, rows // panels, width)
+        shape_PHW = _shape_of(data)
         energy_eV = file[ENERGY_EV][:]
         streams = own["stream"].asstr()[:]
-        for i in range(num_events):
+        for i in range(len(data)):
             count = int(result["nPeaks"][i])
             x, slab_y, intensity = (result[name][i, :count] for name in COLUMNS[:3])
             panel = np.rint(slab_y) // shape_PHW[1]
@@ -295,3 +257,9 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
                 truncated=bool(own["truncated"][i]),
                 bad_pixels=int(own["badPixels"][i]),
             )
+
+
+def _shape_of(data: Any) -> tuple[int, int, int]:
+    """Return the shape of the events in a dataset of slabs."""
+    panels = int(data.parent.attrs["panels"])
+    return panels, data.shape[1] // panels, data.shape[2]

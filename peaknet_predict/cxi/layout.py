@@ -55,8 +55,8 @@ class Contents(NamedTuple):
     tables: dict[str, npt.NDArray[Any]]
 
 
-def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
-    """Return what a file of these events holds beside its images."""
+def contents_of(rows: Sequence[CxiRow], max_peaks: int, run: str, writer: str) -> Contents:
+    """Return what a file that a writer of a run makes of these events holds beside its images."""
     results = [row.result for row in rows]
     energy_eV = np.array([result.photon_energy for result in results], dtype=np.float64)
     tables: dict[str, npt.NDArray[Any]] = {
@@ -95,7 +95,7 @@ def contents_of(rows: Sequence[CxiRow], max_peaks: int) -> Contents:
         "entry_1/instrument_1/source_1/energy": {"units": "J"},
         "LCLS": {"NX_class": "NXcollection"},
         ENERGY_EV: {"units": "eV"},
-        OWN: {"NX_class": "NXcollection"},
+        OWN: {"NX_class": "NXcollection", "run": run, "writer": writer},
     }
     return Contents(attributes, tables)
 

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peaknet_predict.cxi.integrate import integrate_peaks
-from peaknet_predict.types import EventId, Image, Result
+from peaknet_predict.types import EventId, Image, Result, identity_problem
 
 _INT64 = np.iinfo(np.int64)
-_MAX_STREAM_BYTES = 65_535  # of a stream's name
 _MAX_SLAB_BYTES = 2**32 - 1  # HDF5's limit for a chunk, and a frame is one
 
 
@@ -61,27 +60,9 @@ class CxiRow:
 
 def check_identity(key: EventId) -> None:
     """Raise ValueError, with a name that can be printed, for an identity that no file can hold."""
-    stream = key.stream
-    if not isinstance(stream, str):
-        raise ValueError(f"event of stream {stream!a:.80}: the stream's name is no text")
-    try:
-        encoded = stream.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"event of stream {stream!a:.80}: the stream's name is no valid Unicode text, so that "
-            "no file can hold it"
-        ) from error
-    if "\0" in stream or len(encoded) > _MAX_STREAM_BYTES:
-        raise ValueError(
-            f"event of stream {stream!a:.80}: no file can hold the stream's name, which has a NUL "
-            f"character or more than {_MAX_STREAM_BYTES} bytes"
-        )
-    for name, value in (("rank", key.rank), ("idx", key.idx)):
-        if not _fits(value):
-            raise ValueError(
-                f"event of stream {stream!a:.80}: no file can hold its {name}, which is no integer "
-                "of 64 bits"
-            )
+    problem = identity_problem(key)
+    if problem is not None:
+        raise ValueError(f"event of stream {key.stream!a:.80}: {problem}")
 
 
 def make_row(result: Result, max_peaks: int) -> CxiRow:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.cxi.layout import DATA, MASK, contents_of, mask_of, open_cxi, shared_mask
+from peaknet_predict.cxi.layout import DATA, MASK, Contents, mask_of, open_cxi, shared_mask
 from peaknet_predict.cxi.row import CxiRow
 from peaknet_predict.types import Image
 
 
-def verify_cxi_file(path: str | Path, rows: Sequence[CxiRow], max_peaks: int) -> None:
+def verify_cxi_file(path: str | Path, rows: Sequence[CxiRow], contents: Contents) -> None:
     """Read a file back, and compare all that is in it with what it was written from.
 
     Raises
@@ -23,7 +23,6 @@ def verify_cxi_file(path: str | Path, rows: Sequence[CxiRow], max_peaks: int) ->
     OSError
         If the file holds anything else.
     """
-    contents = contents_of(rows, max_peaks)
     with open_cxi(path) as file:
         for name, attributes in contents.attributes.items():
             found = file.get(name)

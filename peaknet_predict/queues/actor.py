@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
@@ -170,6 +170,11 @@ class QueueActor:
         if problem is not None:
             return 0, problem  # it has them, but may lose them: they are to be put again
         return taken, self._state.problem or self._quarantine.problem
+
+    async def join(self, group: str, resumes: bool) -> str:
+        """Note a consumer group; return the name of the stream that it reads."""
+        self._change(lambda: self._state.streams.join(group, resumes))
+        return self._state.streams.name_for(group)
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.

@@ -146,6 +146,10 @@ class ForeignReader:
         """How many items are under way here."""
         return len(self._under_way)
 
+    def join(self, group: str) -> str:
+        """Return a name of the actor: such a queue cannot tell its streams apart."""
+        return f"{self._address.name}@{self._handle._actor_id.hex()[:16]}"
+
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Take up to ``max_records`` items within ``timeout_s``; True after the idle time."""
         asked_at = time.monotonic()

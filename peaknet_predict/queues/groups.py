@@ -43,6 +43,11 @@ class ConsumerGroups:
         self._groups[group] = self.generation + 1 if over else self.generation
         return True
 
+    def generation_of(self, group: str) -> int:
+        """Return the number of the stream that a group reads, or has read to its end."""
+        number = self._groups[group]
+        return self.generation if number == _AT_ITS_END else number
+
     def is_at_end(self, group: str) -> bool:
         """Whether a group has been told the end.
 

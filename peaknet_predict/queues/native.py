@@ -131,6 +131,10 @@ class NativeReader:
         """How many leases are held here."""
         return len(self._held)
 
+    def join(self, group: str) -> str:
+        """Join a stream as a consumer group; return a name of the stream that no other has."""
+        return str(self._calls.call("join", group, self._resumes))
+
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Lease up to ``max_records``, waiting up to ``timeout_s``; True at the stream's end."""
         self.touch()

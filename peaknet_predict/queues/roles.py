@@ -104,6 +104,16 @@ class Reader(Protocol):
     def unsettled(self) -> int:
         """How many leases are held here."""
 
+    def join(self, group: str) -> str:
+        """Join a stream as a consumer group; the first `get` would do so as well.
+
+        Returns
+        -------
+        str
+            A name of the stream: the same for all who read it, and of no other stream of any queue.
+            What another program's queue holds is one stream, run after run.
+        """
+
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Lease up to ``max_records``, waiting up to ``timeout_s`` for the first.
 

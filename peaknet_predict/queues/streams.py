@@ -177,6 +177,10 @@ class StreamBook:
         if self.groups.join(group, self.drained, resumes):
             self._save()
 
+    def name_for(self, group: str) -> str:
+        """Return a name of the stream that a group reads; no other stream has it."""
+        return f"{self.uid}.{self.groups.generation_of(group)}"
+
     def end_for(self, group: str) -> bool:
         """Tell a group the end of the stream, if it is the end; True if it is at its end."""
         if self.groups.is_at_end(group):

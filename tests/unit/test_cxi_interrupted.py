@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from peaknet_predict.cxi import file as cxi_file
-from peaknet_predict.cxi import writer as cxi_writer
+from peaknet_predict.cxi import publisher
 from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.process.stopping import StopRequest, stop_requests, uninterrupted
@@ -184,7 +184,7 @@ def test_a_file_that_reads_back_otherwise_gets_no_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(cxi_writer, "write_cxi_file", damage(what))
+        broken.setattr(publisher, "write_cxi_file", damage(what))
         writer = CxiWriter(tmp_path, events_per_file=EVENTS)
         for result in RESULTS[:-1]:
             writer.add(result)
@@ -200,7 +200,7 @@ def test_a_truncated_file_gets_no_name(tmp_path: Path, monkeypatch: pytest.Monke
         cxi_file.write_cxi_file(raw, *args)
         raw.truncate(raw.seek(0, os.SEEK_END) - 1000)
 
-    monkeypatch.setattr(cxi_writer, "write_cxi_file", write_short)
+    monkeypatch.setattr(publisher, "write_cxi_file", write_short)
     settled, error = write(tmp_path)
     assert (settled, type(error)) == ([], CxiWriteError)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""From events in memory to a finished file with a name, in steps that may fail but not lie."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from peaknet_predict.cxi.directory import CxiDirectory, write_error
+from peaknet_predict.cxi.file import CxiSummary, write_cxi_file
+from peaknet_predict.cxi.layout import contents_of
+from peaknet_predict.cxi.lists import LIST_NAME, FileLists
+from peaknet_predict.cxi.row import CxiRow
+from peaknet_predict.cxi.verify import verify_cxi_file
+from peaknet_predict.types import EventId
+
+log = logging.getLogger(__name__)
+
+
+class FilePublisher:
+    """Writes files of one writer under temporary names, and gives them their names.
+
+    Parameters
+    ----------
+    directory
+        Where they go.
+    run
+        The run they belong to.
+    max_peaks, compression, still_ours
+        As for `peaknet_predict.cxi.writer.CxiWriter`.
+    """
+
+    def __init__(
+        self,
+        directory: CxiDirectory,
+        run: str,
+        max_peaks: int,
+        compression: str,
+        still_ours: Callable[[Collection[EventId]], Collection[EventId]],
+    ) -> None:
+        self._directory = directory
+        self._run = run
+        self._max_peaks = max_peaks
+        self._compression = compression
+        self._still_ours = still_ours
+        self._lists = FileLists(directory.path, run, directory.summary_of)
+
+    def publish(self, rows: Sequence[CxiRow]) -> Path | set[EventId]:
+        """Write one file of all these events.
+
+        Returns
+        -------
+        pathlib.Path or set of EventId
+            The file; or, if other writers have some of the events by now, these, and no file.
+
+        Raises
+        ------
+        CxiWriteError
+            If it could not be written: there is then no file of these events.
+        """
+        ids = {row.result.id for row in rows}
+        contents = contents_of(rows, self._max_peaks, self._run, self._directory.owner)
+        temporary = self._directory.temporary_name()
+        try:
+            with open(temporary, "xb+", buffering=0) as raw:
+                write_cxi_file(raw, rows, contents, self._compression)
+                os.fsync(raw.fileno())
+            verify_cxi_file(temporary, rows, contents)
+            # Asked while the file exists: a writer that takes over later deletes it, and the next
+            # step then fails.
+            lost = ids.difference(self._still_ours(ids))
+            if lost:
+                return lost
+            path = self._directory.publish(temporary, self._summary_of(rows), ids)
+        except (OSError, RuntimeError, MemoryError) as error:
+            stay = f"The {len(rows)} events of the file stay in memory. "
+            raise write_error(self._directory.path, error, stay) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        try:
+            self._lists.update()
+        except OSError as error:
+            # The events are safe; the list is made anew with the next file, or at the end.
+            log.warning("%s", write_error(self._directory.path / LIST_NAME, error, ""))
+        return path
+
+    def update_lists(self) -> None:
+        """Write the lists, of files that other writers of the run have finished, too.
+
+        Raises
+        ------
+        CxiWriteError
+            If a list cannot be written; the CXI files are complete without it.
+        """
+        try:
+            # A writer that died between a file and its list has left that to the next one.
+            if self._lists.stale or self._directory.files_of(self._run):
+                self._lists.update()
+        except OSError as error:
+            complete = "The CXI files are complete. "
+            raise write_error(self._directory.path / LIST_NAME, error, complete) from error
+
+    def _summary_of(self, rows: Sequence[CxiRow]) -> CxiSummary:
+        panels, height, width = rows[0].kind[0]
+        return CxiSummary(
+            run=self._run,
+            writer=self._directory.owner,
+            shape_PHW=(panels, height, width),
+            num_events=len(rows),
+            truncated=sum(row.truncated for row in rows),
+            without_energy=sum(not row.result.photon_energy > 0 for row in rows),
+        )
