@@ -13,7 +13,7 @@ from peaknet_predict.cxi.directory import CxiDirectory
 from peaknet_predict.cxi.file import CxiSummary
 from peaknet_predict.cxi.journal import Journal, JournalContents
 from peaknet_predict.cxi.row import CxiRow
-from peaknet_predict.cxi.run_names import keep_under_run_name, with_run
+from peaknet_predict.cxi.run_names import is_displaced, keep_under_run_name, with_run
 from peaknet_predict.keys import KeySet
 from peaknet_predict.process.balance import write_balance
 
@@ -34,9 +34,9 @@ class CxiStatistics:
     written
         Events in finished files.
     filtered
-        Events of the run left out because they have fewer than `min_peaks` peaks.
+        Events of the run on record as left out, because they have fewer than `min_peaks` peaks.
     filtered_elsewhere
-        How many of these other writers of the run left out, the dead ones among them.
+        How many of these other writers of the run have left out, dead ones among them.
     duplicates
         Events that were in a finished file or on record as filtered already, or twice in memory.
     handed_over
@@ -205,11 +205,11 @@ class RunAccount:
             # Another writer may end at the same time, or a later run begin: the last to write has
             # looked again.
             self._directory.look_again()
-            path = with_run(plain, self._run)
-            if not path.exists():
+            if is_displaced(plain.parent, self._run):
+                path = with_run(plain, self._run)
+            else:
                 path = plain
-                other = _run_of(plain)
-                if other != self._run:
+                if (other := _run_of(plain)) != self._run:
                     keep_under_run_name(plain, other)
             balance = _balance_of(self._directory, self._run)
             if (path, balance) == written:

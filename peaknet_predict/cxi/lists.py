@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from peaknet_predict.cxi.file import CxiSummary
-from peaknet_predict.cxi.run_names import keep_under_run_name, with_run
+from peaknet_predict.cxi.run_names import is_displaced, keep_under_run_name, with_run
 from peaknet_predict.process.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -59,15 +59,10 @@ class FileLists:
         seen: tuple[bool, list[str]] | None = None
         # Another writer may finish a file, or a later run begin, between our two steps. Whoever
         # writes last looks again, so no file is missed.
-        while (state := (self._is_displaced(), self._cxi_files())) != seen:
+        while (state := (is_displaced(self._directory, self._run), self._cxi_files())) != seen:
             self._write(*state)
             seen = state
         self.stale = False
-
-    def _is_displaced(self) -> bool:
-        """Whether a later run has the plain names, and this one those with its name in them."""
-        own = with_run(Path("files*.lst"), self._run).name
-        return any(self._directory.glob(own))
 
     def _cxi_files(self) -> list[str]:
         return sorted(path.name for path in self._directory.glob("*.cxi"))

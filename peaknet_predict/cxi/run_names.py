@@ -18,6 +18,14 @@ def with_run(path: Path, run: str) -> Path:
     return path.with_name(f"{path.stem}_{label}{path.suffix}")
 
 
+def is_displaced(directory: Path, run: str) -> bool:
+    """Whether a later run has the plain names, and this one those with its name in them."""
+    return any(
+        any(directory.glob(with_run(Path(plain), run).name))
+        for plain in ("files*.lst", "*_balance.json")
+    )
+
+
 def keep_under_run_name(path: Path, run: str | None) -> None:
     """Give a file a second name with its run in it, so that another run can take the plain one.
 

@@ -167,7 +167,6 @@ class CxiWriter:
             self._settled.append(key)
         elif len(result.peaks) < self._min_peaks:
             self._filtered.add(key)
-            statistics.filtered += 1
         else:
             self._add_row(make_row(result, self._max_peaks))
         statistics.taken += 1
@@ -243,6 +242,7 @@ class CxiWriter:
             raise write_error(self._directory.path, error, stay) from error
         for key in recorded:
             self._directory.filtered.add(key)
+        self.statistics.filtered += len(recorded)
         self._settled += recorded
 
     def _add_row(self, row: CxiRow) -> None:

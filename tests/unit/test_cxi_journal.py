@@ -1,0 +1,150 @@
+"""The journal of a CXI writer: records stay, and damage is told from a torn end."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peaknet_predict.cxi.filtered import FilteredEvents
+from peaknet_predict.cxi.journal import Journal, read_journal
+from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
+from peaknet_predict.keys import KeySet
+from peaknet_predict.types import EventId, Result
+from tests.helpers.failing_disk import FailingDisk
+
+
+def keys(*idx: int) -> list[EventId]:
+    return [EventId("röntgen", 3, i) for i in idx]
+
+
+def journal_in(directory: Path, *batches: list[EventId], balance: int | None = None) -> Path:
+    journal = Journal(directory, "peaks", "run 7", "node1-12-ab")
+    events = FilteredEvents(journal)
+    for batch in batches:
+        for key in batch:
+            events.add(key)
+        assert events.record() == batch
+    if balance is not None:
+        journal.append({"balance": {"taken": balance}})
+    journal.close()
+    (path,) = directory.glob("*.jsonl")
+    return path
+
+
+def filtered(path: Path) -> list[int]:
+    return [key.idx for key in keys(*range(50)) if key in read_journal(path).filtered]
+
+
+def test_what_is_on_record_is_read_again(tmp_path: Path) -> None:
+    path = journal_in(tmp_path, keys(4, 5, 9), keys(1), balance=7)
+    assert path.name == "peaks_journal_node1-12-ab.jsonl"
+    contents = read_journal(path)
+    assert (contents.run, contents.writer) == ("run 7", "node1-12-ab")
+    assert filtered(path) == [1, 4, 5, 9]
+    assert (contents.balance, contents.damaged) == ({"taken": 7}, 0)
+
+
+def test_a_torn_end_costs_what_was_never_confirmed_and_no_more(tmp_path: Path) -> None:
+    path = journal_in(tmp_path, keys(1), keys(2), keys(3))
+    whole = path.read_bytes()
+    ends = [at for at, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        confirmed = sum(end < size for end in ends)
+        # A line that lacks its line break only is there.
+        found, complete = filtered(path), size in ends
+        assert len(found) == max(0, confirmed - 1 + complete)
+        assert read_journal(path).damaged == 0
+    path.write_bytes(whole + b"\0" * 100)
+    assert filtered(path) == [1, 2, 3], "a file system may leave zeros behind a torn end"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_is_never_overlooked(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = journal_in(Path(directory), keys(1), keys(2), keys(3), balance=3)
+        damaged = bytearray(path.read_bytes())
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        before = read_journal(path)
+        path.write_bytes(damaged)
+        after = read_journal(path)
+        same = len(after.filtered) == len(before.filtered) and after.balance == before.balance
+        assert after.damaged or (same and after.run == before.run)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_what_cannot_be_recorded_waits_for_another_file(tmp_path: Path, call: str) -> None:
+    disk = FailingDisk()
+    events = FilteredEvents(Journal(tmp_path, "peaks", "r", "w", fs=disk))
+    events.add(keys(1)[0])
+    events.record()
+    disk.fails = {call}
+    events.add(keys(2)[0])
+    with pytest.raises(OSError, match="No space"):
+        events.record()
+    assert keys(2)[0] in events
+    disk.fails = set()
+    assert events.record() == keys(2)
+    # A sync that has failed once says nothing if it succeeds later: the first file is left alone.
+    first, second = sorted(tmp_path.glob("*.jsonl"))
+    assert filtered(first)[:1] == [1]
+    assert filtered(second) == [2]
+
+
+def test_a_writer_reads_the_journals_of_others(tmp_path: Path) -> None:
+    image, none = np.ones((1, 8, 8), np.float32), np.empty((0, 3))
+
+    def add(writer: CxiWriter, *idx: int) -> None:
+        for key in keys(*idx):
+            writer.add(Result(key, image, none, 9e3))
+
+    first = CxiWriter(tmp_path, min_peaks=1, owner="first")
+    add(first, 1, 2)
+    assert set(first.record_filtered(at_once=True)) == set(keys(1, 2))
+    second = CxiWriter(tmp_path, min_peaks=1, owner="second")
+    assert second.statistics.filtered == second.statistics.filtered_elsewhere == 2
+    add(first, 3)
+    first.flush()
+    second.fence(["first"])
+    add(second, 4)
+    assert second.add(Result(keys(3)[0], image, none, 9e3)) == keys(3), "there already"
+    assert second.close() == keys(4)
+    statistics = second.statistics
+    assert (statistics.taken, statistics.duplicates) == (2, 1)
+    assert (statistics.filtered, statistics.filtered_elsewhere) == (4, 3)
+
+
+def test_damage_is_said_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = journal_in(tmp_path, keys(1), keys(2))
+    path.write_bytes(path.read_bytes().replace(b"[1, 2]", b"[1, 9]"))
+    CxiWriter(tmp_path)
+    assert f"{path} is damaged in 1 lines" in caplog.text
+
+
+def test_a_journal_that_cannot_be_read_stops_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal_in(tmp_path, keys(1))
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(CxiWriteError, match="Input/output error"):
+        CxiWriter(tmp_path)
+
+
+@given(
+    st.lists(st.integers(0, 30)),
+    st.lists(st.integers(0, 30)),
+)
+def test_a_set_of_keys_takes_over_another(ours: list[int], theirs: list[int]) -> None:
+    united = KeySet(keys(*ours))
+    united.update(KeySet(keys(*theirs)))
+    assert united.to_json() == KeySet(keys(*ours, *theirs)).to_json()
