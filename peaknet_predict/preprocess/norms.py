@@ -6,11 +6,14 @@ and w columns of blocks of pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peaknet_predict.preprocess.base import Transform
+from peaknet_predict.preprocess.kernels import triton_steps
 
 
 class InstanceNorm(Transform):
@@ -81,8 +84,7 @@ class LocalNorm(Transform):
     ``4 (1 + ln(z / 4))`` (with the sign of z), which has the same slope there. So a peak of 1e4
     sigmas is 35: it neither saturates nor dwarfs the others, and bfloat16 resolves the noise.
 
-    Pixels that are not valid become 0, the background. Four passes over the pixels, two when
-    compiled.
+    Pixels that are not valid become 0, the background.
 
     Parameters
     ----------
@@ -99,6 +101,9 @@ class LocalNorm(Transform):
 
     def forward(self, images_BPHW: Tensor, valid_BPHW: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise the images; the mask stays."""
+        steps = triton_steps(images_BPHW)
+        if steps is not None:
+            return self._in_kernels(steps, images_BPHW, valid_BPHW), valid_BPHW
         size = images_BPHW.shape[-2:]
         usable_BPHW = valid_BPHW & torch.isfinite(images_BPHW)
         x_NHW = torch.where(usable_BPHW, images_BPHW, 0.0).flatten(0, 1)
@@ -113,25 +118,32 @@ class LocalNorm(Transform):
         z_BPHW = _compressed(z_NHW).view(images_BPHW.shape)
         return torch.where(usable_BPHW, z_BPHW, 0.0), valid_BPHW
 
+    def _in_kernels(self, steps: Any, images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
+        """Do the same on a GPU in two passes over the pixels."""
+        least = _MIN_SHARE_OF_BLOCK * self.block**2
+        mean, variance, step, known = steps.block_statistics(
+            images_BPHW, valid_BPHW, self.block, least
+        )
+        levels = _panel_levels(mean, variance.sqrt(), step, known)
+        background_N2hw = steps.background(mean, variance, known, *levels, _STEP_SHARE)
+        out_BPHW: Tensor = steps.normalise(
+            images_BPHW, valid_BPHW, background_N2hw, self.block, _LINEAR_SIGMAS
+        )
+        return out_BPHW
+
     def _background(self, x_NHW: Tensor, usable_NHW: Tensor) -> Tensor:
         """Return mean and sigma of each block's background, (N, 2, h, w)."""
         mean, variance, step, known = self._block_statistics(x_NHW, usable_NHW)
-        panel_mean = _median(mean.flatten(1), known.flatten(1))[:, None, None]
         sigma = variance.sqrt()
-        typical = _median(sigma.flatten(1), known.flatten(1))[:, None, None]
-        rounding = _MIN_EPSILONS * torch.finfo(x_NHW.dtype).eps * panel_mean.abs()
-        # The median over blocks keeps peaks out of the estimate.
-        varied = known & (sigma > rounding) & torch.isfinite(step)
-        quantum = _median(step.flatten(1), varied.flatten(1))[:, None, None].clamp(min=0.0)
-        floor = torch.maximum(_MIN_OF_TYPICAL * typical, _MIN_PER_QUANTUM * quantum)
-        floor = torch.maximum(floor, rounding)
-
+        panel_mean, panel_sigma, floor = (
+            level_N[:, None, None] for level_N in _panel_levels(mean, sigma, step, known)
+        )
         near = _neighbourhood(known)
         anything = near.any(-1)
         means = _neighbourhood(mean)
         near_mean = torch.where(anything, _median(means, near), panel_mean)
         spread = _median((means - near_mean.unsqueeze(-1)).abs(), near)
-        near_sigma = torch.where(anything, _median(_neighbourhood(sigma), near), typical)
+        near_sigma = torch.where(anything, _median(_neighbourhood(sigma), near), panel_sigma)
         near_sigma = torch.hypot(near_sigma, _STEP_SHARE * spread)
         return torch.stack([near_mean, torch.maximum(near_sigma, floor)], dim=1)
 
@@ -161,6 +173,22 @@ class LocalNorm(Transform):
         known = count >= _MIN_SHARE_OF_BLOCK * edge**2
         mean, variance, step, known = (t[:, :, 0, :, 0] for t in (mean, variance, step, known))
         return mean, variance, step, known
+
+
+def _panel_levels(
+    mean_Nhw: Tensor, sigma_Nhw: Tensor, step_Nhw: Tensor, known_Nhw: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each panel's typical mean and sigma, and the lower bound of sigma; all (N,)."""
+    known_NK = known_Nhw.flatten(1)
+    mean_N = _median(mean_Nhw.flatten(1), known_NK)
+    sigma_N = _median(sigma_Nhw.flatten(1), known_NK)
+    rounding_N = _MIN_EPSILONS * torch.finfo(mean_Nhw.dtype).eps * mean_N.abs()
+    # The median over blocks keeps peaks out of the estimate.
+    varied_NK = known_NK & (sigma_Nhw.flatten(1) > rounding_N[:, None])
+    varied_NK &= torch.isfinite(step_Nhw.flatten(1))
+    quantum_N = _median(step_Nhw.flatten(1), varied_NK).clamp(min=0.0)
+    floor_N = torch.maximum(_MIN_OF_TYPICAL * sigma_N, _MIN_PER_QUANTUM * quantum_N)
+    return mean_N, sigma_N, torch.maximum(floor_N, rounding_N)
 
 
 def _neighbourhood(values_Nhw: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peaknet_predict.preprocess.kernels import triton_steps
+
 _RANGE = 2.0**22
 """Distances from the median, in units of the typical one, that no detector covers. Photon counters
 have the widest range that we know: a PILATUS counts 2**20 photons in a pixel."""
@@ -22,6 +24,9 @@ _NEIGHBOURS = 1000.0
 """A pixel stands alone if its distance is so many times its eight neighbours' mean one. The point
 spread of every sensor gives them more: in a PILATUS frame with spots of 1e6 counts no pixel has 100
 times its neighbours' distance, and in CSPAD frames only stuck pixels have."""
+
+_OF_NEIGHBOURS = (1 + 8 / _NEIGHBOURS) / 9
+"""The same for the mean of nine pixels, one of which is the pixel itself."""
 
 _MIN_ALONE = 3000.0
 """Lower bound of a lone pixel's distance, in units of the typical one. Below, a sharp spot on a
@@ -51,6 +56,13 @@ def find_outliers(images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
         (B, P, H, W) bool.
     """
     median_B111, typical_B111 = _spread(images_BPHW, valid_BPHW)
+    steps = triton_steps(images_BPHW)
+    if steps is not None:
+        spread = median_B111.flatten(), typical_B111.flatten()
+        outlier_BPHW: Tensor = steps.outliers(
+            images_BPHW, valid_BPHW, *spread, _RANGE, _MIN_ALONE, _OF_NEIGHBOURS
+        )
+        return outlier_BPHW
     away_BPHW = (images_BPHW - median_B111).abs_()
     away_BPHW.masked_fill_(~valid_BPHW, 0.0)
     # Steps of less than 1 may be rounding errors; photons and ADU have none.
@@ -60,9 +72,8 @@ def find_outliers(images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
     on_cpu = images_BPHW.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and not alone_BPHW.any():
         return outlier_BPHW
-    # Of nine pixels, one of which is the pixel itself.
     mean_BPHW = F.avg_pool2d(away_BPHW, kernel_size=3, stride=1, padding=1)
-    alone_BPHW &= mean_BPHW < away_BPHW * ((1 + 8 / _NEIGHBOURS) / 9)
+    alone_BPHW &= mean_BPHW < away_BPHW * _OF_NEIGHBOURS
     squares_BPHW = away_BPHW.square_()
     others_BPHW = squares_BPHW.masked_fill(outlier_BPHW | alone_BPHW, 0.0)
     return outlier_BPHW | (alone_BPHW & (squares_BPHW > others_BPHW.sum((1, 2, 3), keepdim=True)))
