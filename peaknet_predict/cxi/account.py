@@ -215,7 +215,7 @@ class RunAccount:
             if (path, balance) == written:
                 return path
             of_all = {"run": self._run, "stages": {**stages, "files": balance["files"]}}
-            write_balance(path, {**of_all, "writers": balance["writers"]})
+            write_balance(path, {**of_all, "writers": balance["writers"]}, keep_earlier=False)
             written = path, balance
 
     def _mention_what_is_here(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -42,18 +45,35 @@ def path_of_rank(path: str | Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
 
 
-def write_balance(path: str | Path, balance: Mapping[str, Any]) -> None:
+def write_balance(path: str | Path, balance: Mapping[str, Any], keep_earlier: bool = True) -> None:
     """Write the record of a run as JSON, whole or not at all.
 
     Parameters
     ----------
     path
-        The file; replaced if it exists.
+        The file.
     balance
         Numbers, texts, lists and mappings; dataclasses are taken apart and paths become texts.
+    keep_earlier
+        Whether a record that is there, an earlier run's, stays under a name with its time in it,
+        such as ``predict_balance_20261128T100336.json``.
     """
+    path = Path(path)
     text = json.dumps(balance, indent=2, default=_plain) + "\n"
+    if keep_earlier:
+        with contextlib.suppress(FileNotFoundError):
+            _keep(path)
     write_whole(path, text.encode())
+
+
+def _keep(path: Path) -> None:
+    """Give a record a second name with its time in it, which stays when the first one is taken."""
+    written_at = path.stat().st_mtime_ns
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(written_at // 10**9))
+    for more in ("", f".{written_at % 10**9:09d}"):  # two records of one second
+        with contextlib.suppress(FileExistsError):
+            os.link(path, path.with_name(f"{path.stem}_{stamp}{more}{path.suffix}"))
+            return
 
 
 def _plain(value: Any) -> Any:
