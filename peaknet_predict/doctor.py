@@ -310,6 +310,7 @@ def _check_source(source: EventSource | None) -> Iterator[Finding]:
 
 def _check_configuration(config: list[str]) -> Iterator[Finding]:
     from peaknet_predict.lightning_cli import FitCLI, PredictCLI
+    from peaknet_predict.module import PeakNetModule
 
     class Prediction(PredictCLI):
         """Everything is made; nothing runs."""
@@ -342,10 +343,9 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
         yield from _check_code(config)
         yield from _check_source(getattr(cli.datamodule, "source", None))
-        net = getattr(model, "net", None)
-        if not trains and getattr(net, "weights_sha256", "has none") is None:
+        if not trains and isinstance(model, PeakNetModule) and model.parameters_are_random():
             yield Finding(
                 "warn",
-                f"{type(net).__name__} has no weights, its peaks would be random: set "
-                "net.init_args.weights",
+                f"{type(model.net).__name__} predicts with random parameters (random_weights: "
+                "true): its peaks will be random",
             )

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.output_options import add_output_options, apply_output_options
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
@@ -80,6 +81,11 @@ class PredictCLI(LightningCLI):
             apply_output_options(config.output, config.trainer.callbacks)
         except ValueError as error:
             self.parser.error(str(error))
+
+    def before_predict(self) -> None:
+        """Refuse a network of random weights before anything is started."""
+        if isinstance(self.model, PeakNetModule):
+            self.model.check_weights()
 
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from peaknet_predict.forward import ForwardPass, NetworkOutput
 from peaknet_predict.in_flight import PendingPeaks, Ring
+from peaknet_predict.models.weights import load_weights, stored_threshold
 from peaknet_predict.preprocess import Preprocess, Transform
 from peaknet_predict.types import EventBatch, Refusal
 
@@ -49,6 +51,29 @@ class PeakNetModule(L.LightningModule):
         Run the fast PeakNet (docs/fast.md) wherever that is possible: for a `PeakNet` on a CUDA
         GPU, with precision ``bf16-mixed`` or ``bf16-true``. The log says which one runs, and why.
         Other networks, subclasses too, run as they are.
+    weights
+        Weight file for the network, whichever it is, see `peaknet_predict.models.load_weights`.
+        Networks that load a file themselves, as `PeakNet` can, need none here; with both, this one
+        counts.
+    threshold
+        The operating point: a pixel is peak where the log odds (the largest logit of a peak class
+        minus that of background) exceed it. Higher lists fewer peaks, lower more. By default it is
+        what the file given as ``weights`` asks for, else 0, where the largest logit decides.
+    random_weights
+        Predict although the network's parameters are random, to try something out. Otherwise that
+        is an error, for the peaks would be random, too.
+
+    Attributes
+    ----------
+    threshold
+        The operating point that counts.
+
+    Raises
+    ------
+    ValueError
+        If an argument makes no sense, or the weights do not fit the network.
+    FileNotFoundError
+        If there is no such weight file.
     """
 
     def __init__(
@@ -59,20 +84,54 @@ class PeakNetModule(L.LightningModule):
         num_overlap: int = 3,
         warmup_shapes: list[tuple[int, int, int, int]] | None = None,
         fast: bool = True,
+        weights: str | None = None,
+        threshold: float | None = None,
+        random_weights: bool = False,
     ) -> None:
         super().__init__()
         if num_overlap < 1:
             raise ValueError(f"num_overlap is {num_overlap}; at least one batch is under way")
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold is {threshold}; give a finite number, 0 by default")
         self.net = net
+        self.random_weights = random_weights
+        self.weights_sha256: str | None = None if weights is None else load_weights(net, weights)
+        if threshold is None and weights is not None:
+            threshold = stored_threshold(weights)
+        self.threshold = threshold or 0.0
         self.preprocess = Preprocess(preprocess)
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
         self._forward_pass = ForwardPass(net, self.preprocess, compile, fast)
         self._ring: Ring | None = None
 
+    def check_weights(self) -> None:
+        """Raise a ValueError if the network would predict with random parameters unasked."""
+        if self.parameters_are_random() and not self.random_weights:
+            raise ValueError(
+                f"{type(self.net).__name__} has no weights: its parameters are random, and its "
+                "peaks would be, too. Give a weight file as model.init_args.net.init_args.weights "
+                "or model.init_args.weights (configs/models/peaknet_small.yaml has one); to try "
+                "something out with random parameters, set model.init_args.random_weights: true"
+            )
+
+    def parameters_are_random(self) -> bool:
+        """Whether the network says that it has no weights, and none were given here."""
+        own = getattr(self.net, "weights_sha256", "unknown")
+        return self.weights_sha256 is None and own is None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the peaks depend on, for a record: network, weight file, operating point."""
+        return {
+            "network": type(self.net).__name__,
+            "weights_sha256": self.weights_sha256 or getattr(self.net, "weights_sha256", None),
+            "threshold": self.threshold,
+        }
+
     def setup(self, stage: str) -> None:
         """Make the fast network while the parameters are float32."""
         if stage == "predict":
+            self.check_weights()
             # Before Lightning rounds the parameters for bf16-true.
             self._forward_pass.prepare(
                 self.trainer.strategy.root_device, str(self.trainer.precision)
@@ -80,12 +139,8 @@ class PeakNetModule(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Choose how the network runs on the device, and warm up in the context of the loop."""
-        if getattr(self.net, "weights_sha256", "not a network with weights") is None:
-            log.warning(
-                "%s has no weights: its parameters are random, and so will be the peaks. Set "
-                "net.init_args.weights in the configuration",
-                type(self.net).__name__,
-            )
+        self._log_origin()
+        log.info("operating point: a pixel is peak above log odds of %g", self.threshold)
         self._forward_pass.start(self.device, str(self.trainer.precision))
         self._ring = self._new_ring()
         with self.trainer.precision_plugin.predict_step_context():
@@ -95,6 +150,19 @@ class PeakNetModule(L.LightningModule):
                 with torch.inference_mode(False):
                     zeros_BPHW = torch.zeros(shape_BPHW)
                 self.predict_step(EventBatch(zeros_BPHW, [], []), 0, warm_up=True)
+
+    def _log_origin(self) -> None:
+        """Warn of parameters that are random, or of which nobody says where they are from."""
+        network = type(self.net).__name__
+        is_silent = not hasattr(self.net, "weights_sha256") and self.weights_sha256 is None
+        if self.parameters_are_random():
+            log.warning("%s has random parameters, as asked for, and so are the peaks", network)
+        elif is_silent and next(self.net.parameters(), None) is not None:
+            log.warning(
+                "%s does not say where its parameters are from (no attribute weights_sha256): if "
+                "it loads no weight file by itself, set model.init_args.weights",
+                network,
+            )
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -131,7 +199,7 @@ class PeakNetModule(L.LightningModule):
         return Ring(self.device, self.num_overlap, self._logits, self.preprocess)
 
     def _logits(self, images_BPHW: Tensor) -> NetworkOutput:
-        return self._forward_pass(images_BPHW)
+        return self._forward_pass(images_BPHW).at_threshold(self.threshold)
 
     def _misfit(self, shape_BPHW: tuple[int, ...]) -> str | None:
         """Say why preprocessing or network cannot take events of a shape; None if they can."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,19 @@ keep_to_loopback()  # before a test module imports Ray
 def pytest_configure() -> None:
     """Hear Ctrl-C, as the commands under test must, also as a job in a shell's background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Our own log, whatever a command has made of its handlers."""
+    log = logging.getLogger("peaknet_predict")
+    monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level(logging.INFO, "peaknet_predict")
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from peaknet_predict import __version__
+from peaknet_predict.models.weights import METADATA
 from peaknet_predict.process.files import write_whole
 from peaknet_predict.training.metrics import OPERATING_POINT
 
 log = logging.getLogger(__name__)
-
-METADATA = "peaknet_predict"
-"""Key of the file's metadata: JSON with version, steps taken, and the validation's figures."""
 
 _NETWORK = "net."
 _PEAK_BIAS = "head_segmask.bias"
@@ -29,10 +27,11 @@ _PEAK_BIAS = "head_segmask.bias"
 def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     """Write the network of a checkpoint as a weight file in float16, ready for `weights`.
 
-    The operating point of the checkpoint's validation becomes part of the weights: prediction
-    calls a pixel peak where class 1 has the larger logit, so the bias of that class is lowered by
-    the threshold. It enters once, in ``head_segmask.bias``; the learned enlargement, where there
-    is one, is added to that branch.
+    The operating point of the checkpoint's validation goes with the weights. Prediction calls a
+    pixel peak where class 1 has the larger logit, so of a PeakNet the bias of that class is lowered
+    by the threshold. It enters once, in ``head_segmask.bias``; the learned enlargement, where there
+    is one, is added to that branch. Of any other network the threshold is written into the file's
+    metadata, where `PeakNetModule` finds it if it is the one that loads the file (``weights``).
 
     The file appears under its name when it is whole.
 
@@ -68,23 +67,26 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     if not tensors:
         raise ValueError(f"{checkpoint} holds no network: it is not of `peaknet-predict fit`")
     figures: dict[str, float] | None = content.get(OPERATING_POINT)
+    threshold: float | None = None
     if figures is None:
         log.warning("%s was never validated: its operating point is left as it is", checkpoint)
     elif _PEAK_BIAS in tensors:
         tensors[_PEAK_BIAS] = tensors[_PEAK_BIAS].clone()
         tensors[_PEAK_BIAS][1:] -= figures["threshold"]
+        threshold = 0.0
     else:
-        log.warning(
-            "%s: the network has no %s, so its operating point cannot be set; pixels are peaks "
-            "above log odds of %g",
+        threshold = figures["threshold"]
+        log.info(
+            "%s: pixels are peaks above log odds of %g; this goes into the file's metadata, and "
+            "predict heeds it with model.init_args.weights, else set model.init_args.threshold",
             checkpoint,
-            _PEAK_BIAS,
-            figures["threshold"],
+            threshold,
         )
     origin = {
         "version": __version__,
         "steps": content.get("global_step"),
         "validation": figures,
+        "threshold": threshold,
     }
     # One entry, because several have no order: the same checkpoint makes the same file.
     metadata = {METADATA: json.dumps(origin)}

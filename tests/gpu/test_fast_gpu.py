@@ -9,7 +9,6 @@ results differ in the order of their sums and in the GELU only, but for moments 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -348,16 +347,9 @@ def in_parts(net: PeakNet, images_N1HW: Tensor, method: str = "coarse_logits") -
 # --- the module ---
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
-    caplog.set_level(logging.INFO, "peaknet_predict")
-    return caplog
-
-
 def make(**arguments: Any) -> PeakNetModule:
     transforms = [Pad(192, 256, "center"), InstanceNorm(), MergeBatchChannelDims()]
-    return PeakNetModule(perturbed(**TINY), transforms, **arguments)
+    return PeakNetModule(perturbed(**TINY), transforms, random_weights=True, **arguments)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,16 @@ def test_a_networks_configuration_serves_predict_and_fit_in_any_order(models_fir
 
 
 def test_a_model_that_only_predicts_is_not_trained(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
     own = tmp_path / "own.yaml"
     own.write_text("model: {class_path: peaknet_predict.module.PeakNetModule}")
     configs = [str(CONFIGS / "models" / "snr.yaml"), str(CONFIGS / "train.yaml"), str(own)]
     cpu = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     assert main(["fit", *(word for path in configs for word in ("-c", path)), *cpu]) == 1
-    assert "PeakNetModule cannot be trained: set model.class_path to" in caplog.text
-    assert "peaknet_predict.training.module.PeakNetTraining" in caplog.text
+    assert "PeakNetModule cannot be trained: set model.class_path to" in said.text
+    assert "peaknet_predict.training.module.PeakNetTraining" in said.text
     assert doctor(configs=configs) == 1
 
 
@@ -170,6 +169,46 @@ def test_doctor_makes_everything_that_training_names(
     said = capsys.readouterr().out
     assert "network and data could be made" in said
     assert "has no weights" not in said
+
+
+DEFAULT = [str(CONFIGS / name) for name in ("predict.yaml", "models/peaknet.yaml")]
+CPU = str(CONFIGS / "topology" / "cpu.yaml")
+
+
+def test_a_network_of_random_weights_is_refused_before_anything_starts(
+    said: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The sizes of the default network change nothing but how long this takes.
+    small = "--model.init_args.net.init_args.hidden_sizes=[8,8,8,8]"
+    words = [word for path in [*DEFAULT, CPU] for word in ("-c", path)]
+    assert main(["predict", *words, small]) == 1
+    assert "set model.init_args.random_weights: true" in said.text
+    assert "Give a weight file as model.init_args.net.init_args.weights" in said.text
+    assert "cluster" not in said.text, "it joined one first"
+    assert doctor(configs=[*DEFAULT, CPU]) == 1
+    assert "PeakNet has no weights" in capsys.readouterr().out
+
+
+def test_random_weights_that_are_asked_for_are_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tmp_path / "random.yaml"
+    asked.write_text("model: {init_args: {random_weights: true}}")
+    assert doctor(configs=[*DEFAULT, CPU, str(asked)]) == 0
+    assert "warn  PeakNet predicts with random parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "configs/slurm.sbatch"])
+def test_predictions_that_we_recommend_have_weights(page: str) -> None:
+    text = (CONFIGS.parent / page).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if re.search(r" predict -c |CONFIGS:=", line)]
+    found = [re.findall(r"-c (configs/models/\w+\.yaml)", line) for line in lines]
+    assert any(found)
+    for line, models in zip(lines, found, strict=True):
+        for model in models:
+            parsed = yaml.safe_load((CONFIGS.parent / model).read_text())["model"]["init_args"]
+            settings = parsed["net"].get("init_args", {})
+            assert settings.get("weights", "none needed") or "weights " in line
 
 
 def test_doctor_names_what_is_wrong_in_a_configuration(

@@ -459,20 +459,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "load_kernels", lambda: None)
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
-    caplog.set_level(logging.INFO, "peaknet_predict")
-    return caplog
-
-
 def images(num_batches: int = 1) -> list[EventBatch]:
     spots = [(0, 10, 12), (1, 40, 50)]
     return [batch([shot(i, spots, (2, 64, 64))], 1) for i in range(num_batches)]
 
 
 def make(net: nn.Module | None = None, **arguments: Any) -> PeakNetModule:
-    return PeakNetModule(net or perturbed(**TINY), chain(), **arguments)
+    return PeakNetModule(net or perturbed(**TINY), chain(), random_weights=True, **arguments)
 
 
 def peaks(module: PeakNetModule, precision: Any = "bf16-true") -> list[list[list[float]]]:

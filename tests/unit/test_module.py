@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from scipy import ndimage
+from torch import Tensor, nn
 
+from peaknet_predict.forward import NetworkOutputError
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
 from peaknet_predict.types import EventBatch, Refusal
-from tests.helpers.networks import Bright, Plain
+from tests.helpers.networks import TWO_STAGES, Bright, Plain, perturbed, small_peaknet
 from tests.helpers.prediction import batch, chain, predict, shot
 
 
@@ -141,17 +149,173 @@ def test_a_network_that_asks_for_the_mask_gets_it() -> None:
 
 
 def test_a_network_that_does_not_compile_runs_eagerly_with_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no compiler on this machine")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
-    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
     torch._dynamo.reset()
     module = PeakNetModule(Plain(), chain(), compile=True, warmup_shapes=[(1, 2, 32, 40)])
     (only,) = predict(module, [batch([shot(0, [(0, 5, 5)])], 1)])
     assert only.results[0].peaks.tolist() == [[0.0, 5.0, 5.0]]
-    assert "does not compile and runs eagerly" in caplog.text
+    assert "does not compile and runs eagerly" in said.text
     assert module._forward_pass.mode == "eager"
     assert "not compiled: BackendCompilerFailed" in module._forward_pass.why()
+
+
+# --- weights ---
+
+
+def test_random_parameters_predict_only_where_that_is_wanted(said: Any) -> None:
+    net = perturbed(**TWO_STAGES)
+    batches = [batch([shot(0, [], (2, 64, 64))], 1)]
+    with pytest.raises(ValueError, match=r"PeakNet has no weights.*net\.init_args\.weights"):
+        predict(PeakNetModule(net, chain()), batches)
+    assert len(predict(PeakNetModule(net, chain(), random_weights=True), batches)) == 1
+    assert "PeakNet has random parameters, as asked for" in said.text
+    said.clear()
+    assert len(predict(PeakNetModule(small_peaknet(), chain()), batches)) == 1
+    assert not [record for record in said.records if record.levelno >= logging.WARNING]
+
+
+def test_networks_that_do_not_say_where_their_parameters_are_from_are_warned_of(said: Any) -> None:
+    batches = [batch([shot(0, [])], 1)]
+    predict(PeakNetModule(Plain(), chain()), batches)
+    assert "Plain does not say where its parameters are from" in said.text
+    said.clear()
+    loaded = Plain()
+    loaded.weights_sha256 = "0" * 64  # type: ignore[assignment]
+    predict(PeakNetModule(loaded, chain()), batches)
+    assert "does not say" not in said.text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_any_networks_weights_load_by_configuration(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"w{suffix}"
+    state = {"weight": torch.tensor([0.0, 2.5])}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    module = PeakNetModule(Plain(), chain(), weights=str(path))
+    assert torch.equal(module.net.state_dict()["weight"], state["weight"])
+    assert module.weights_sha256 == module.provenance()["weights_sha256"]
+    assert len(module.weights_sha256 or "") == 64
+    save_file({"wait": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"missing from the file: 1: weight; unknown .* 1: wait"):
+        PeakNetModule(Plain(), chain(), weights=str(tmp_path / "other.safetensors"))
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        PeakNetModule(Plain(), chain(), weights="gone.pt")
+
+
+def test_weights_given_to_the_module_count(tmp_path: Path) -> None:
+    other = perturbed(1, **TWO_STAGES)
+    save_file(other.state_dict(), tmp_path / "w.safetensors")
+    net = perturbed(**TWO_STAGES)
+    module = PeakNetModule(net, chain(), weights=str(tmp_path / "w.safetensors"))
+    module.check_weights()
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(module.net.state_dict()[name], tensor)
+
+
+# --- operating point ---
+
+
+class Given(nn.Module):
+    """Logits that are given, whatever the images."""
+
+    def __init__(self, logits_NCHW: Tensor) -> None:
+        super().__init__()
+        self.logits_NCHW = logits_NCHW
+
+    def forward(self, images_N1HW: Tensor) -> Tensor:
+        return self.logits_NCHW
+
+
+def centroids(is_peak_NHW: npt.NDArray[np.bool_]) -> list[list[float]]:
+    """Peaks of a mask by SciPy, panel by panel."""
+    found = []
+    for panel, mask_HW in enumerate(is_peak_NHW):
+        labels, number = ndimage.label(mask_HW, structure=np.ones((3, 3)))
+        centres = ndimage.center_of_mass(mask_HW, labels, range(1, number + 1))
+        found += [[panel, y, x] for y, x in centres]
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    classes=st.integers(2, 4),
+    threshold=st.sampled_from([-2.5, -0.1, 0.0, 1e-3, 0.7, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_pixel_is_peak_above_the_threshold(
+    seed: int, classes: int, threshold: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_NCHW = (torch.randn(2, classes, 16, 20, generator=generator) * 4).to(dtype)
+    module = PeakNetModule(Given(logits_NCHW), chain(), threshold=threshold).eval()
+    one = batch([shot(0, [], (2, 16, 20))], 1)
+    (result,) = module.predict_step(one, 0).result().results
+    if threshold == 0:
+        is_peak_NHW = logits_NCHW.softmax(1).argmax(1) != 0  # in its own dtype, ties and all
+    else:
+        logits_NCHW = logits_NCHW.float()
+        is_peak_NHW = logits_NCHW[:, 1:].amax(1) > logits_NCHW[:, 0] + threshold
+    assert result.peaks.tolist() == centroids(is_peak_NHW.numpy())
+
+
+def test_an_operating_point_comes_from_the_file_unless_it_is_given(
+    tmp_path: Path, said: Any
+) -> None:
+    path = tmp_path / "w.safetensors"
+    metadata = {"peaknet_predict": json.dumps({"threshold": 1.25})}
+    save_file(Plain().state_dict(), path, metadata)
+    module = PeakNetModule(Plain(), chain(), weights=str(path))
+    assert module.threshold == module.provenance()["threshold"] == 1.25
+    predict(module, [batch([shot(0, [])], 1)])
+    assert "operating point: a pixel is peak above log odds of 1.25" in said.text
+    assert PeakNetModule(Plain(), chain(), weights=str(path), threshold=0.0).threshold == 0.0
+    assert PeakNetModule(Plain(), chain()).threshold == 0.0
+    with pytest.raises(ValueError, match="threshold is nan; give a finite number"):
+        PeakNetModule(Plain(), chain(), threshold=float("nan"))
+
+
+# --- what a network returns ---
+
+
+class Returns(nn.Module):
+    """Returns what it is told to make of good logits."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, images_N1HW: Tensor) -> Any:
+        return self.change(torch.cat([-images_N1HW, images_N1HW - 6], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda x: {"logits": x, "loss": 0},
+            r"a dict with the keys 'logits', 'loss'.*logits alone",
+        ),
+        (lambda x: (x, x), r"a tuple\..*logits alone"),
+        (lambda x: None, r"a NoneType\."),
+        (lambda x: x[:, 1:], r"a single channel: \(2, 1, 32, 40\).*torch\.cat"),
+        (lambda x: x[:, 1], r"shape \(2, 32, 40\)"),
+        (lambda x: x[:1], r"shape \(1, 2, 32, 40\)"),
+        (lambda x: x[..., ::2, ::2], r"shape \(2, 2, 16, 20\)"),
+        (lambda x: x.argmax(1, keepdim=True), r"a tensor of torch\.int64.*not their argmax"),
+    ],
+    ids=["dict", "tuple", "none", "one-channel", "three-dims", "batch", "size", "class-map"],
+)
+@pytest.mark.parametrize("warm", [True, False])
+def test_other_outputs_than_logits_are_refused_with_what_is_expected(
+    change: Any, reason: str, warm: bool
+) -> None:
+    shapes = [(1, 2, 32, 40)] if warm else []
+    module = PeakNetModule(Returns(change), chain(), warmup_shapes=shapes)
+    with pytest.raises(NetworkOutputError, match=r"Returns returned .*" + reason) as raised:
+        predict(module, [batch([shot(0, [])], 1)])
+    assert "(2, C, 32, 40) of at least two classes" in str(raised.value)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from peaknet_predict.callbacks.averaged_weights import AveragedWeights, weight_of_new
 from peaknet_predict.models import PeakNet
+from peaknet_predict.models.weights import METADATA
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.peaks import find_peaks
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.preprocess import (
     LocalNorm,
@@ -29,7 +32,7 @@ from peaknet_predict.preprocess import (
 from peaknet_predict.simulation.labels import IGNORED, PEAK
 from peaknet_predict.simulation.shots import LabelledShots
 from peaknet_predict.training.augment import turned
-from peaknet_predict.training.export import METADATA, export_weights
+from peaknet_predict.training.export import export_weights
 from peaknet_predict.training.loss import focal_loss, peak_log_odds
 from peaknet_predict.training.metrics import (
     OPERATING_POINT,
@@ -39,6 +42,7 @@ from peaknet_predict.training.metrics import (
     operating_point,
 )
 from peaknet_predict.training.optim import Progress, parameter_groups, rate_factor
+from peaknet_predict.types import Event, EventBatch, EventId
 
 SMALL: dict[str, Any] = {
     "hidden_sizes": [8, 16],
@@ -307,7 +311,40 @@ def test_exported_weights_have_their_threshold_at_zero(
         origin = json.loads(file.metadata()[METADATA])
         assert origin["steps"] == 7
         assert origin["validation"]["threshold"] == 1.25
+        assert origin["threshold"] == 0.0, "it is part of the weights"
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
+
+
+class Own(nn.Module):
+    """A network of somebody else: logits of one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, images_N1HW: Tensor) -> Tensor:
+        logits_NCHW: Tensor = self.conv(images_N1HW)
+        return logits_NCHW
+
+
+def test_an_own_networks_operating_point_goes_with_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Own()
+    save_checkpoint(tmp_path / "best.ckpt", net, threshold=0.75)
+    export_weights(tmp_path / "best.ckpt", tmp_path / "w.safetensors")
+    steps = [LocalNorm(), MergeBatchChannelDims()]
+    module = PeakNetModule(Own(), steps, weights=str(tmp_path / "w.safetensors")).eval()
+    assert module.threshold == 0.75
+    image = np.random.default_rng(0).poisson(3, (1, 32, 32)).astype(np.float32)
+    event = Event(EventId("s", 0, 0), image, 9000.0)
+    batch = EventBatch(torch.from_numpy(image)[None], [event], [])
+    with torch.inference_mode():
+        (result,) = module.predict_step(batch, 0).result().results
+        odds_NHW = peak_log_odds(module.net(module.preprocess(batch.images_BPHW).images_N1HW))
+        expected = find_peaks(odds_NHW > 0.75).split(1, 1)[0]
+        at_zero = find_peaks(odds_NHW > 0).split(1, 1)[0]
+    assert np.array_equal(result.peaks, expected)
+    assert not np.array_equal(result.peaks, at_zero)
 
 
 def test_exports_that_cannot_be_name_the_reason(tmp_path: Path) -> None:
