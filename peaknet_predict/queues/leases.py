@@ -13,7 +13,7 @@ class _Holder:
     deadline: float
     tokens: set[int] = field(default_factory=set)
     # The last request and what it was granted, for a client whose answer was lost.
-    request: int = -1
+    sequence: int = -1
     granted: list[int] = field(default_factory=list)
 
 
@@ -51,22 +51,24 @@ class LeaseBook:
         else:
             known.deadline = deadline
 
-    def grant(self, holder: str, request: int, entries: Iterable[Entry]) -> list[tuple[int, Entry]]:
+    def grant(
+        self, holder: str, sequence: int, entries: Iterable[Entry]
+    ) -> list[tuple[int, Entry]]:
         """Lease entries to a holder that has been heard, as the answer to its request."""
         granted = list(enumerate(entries, self._next_token))
         self._next_token += len(granted)
         of_holder = self._holders[holder]
-        of_holder.request, of_holder.granted = request, [token for token, _ in granted]
+        of_holder.sequence, of_holder.granted = sequence, [token for token, _ in granted]
         of_holder.tokens.update(of_holder.granted)
         for token, entry in granted:
             self._leases[token] = entry, holder
             self.nbytes += entry.nbytes
         return granted
 
-    def granted(self, holder: str, request: int) -> list[tuple[int, Entry]] | None:
+    def granted(self, holder: str, sequence: int) -> list[tuple[int, Entry]] | None:
         """Return what a request was granted and is still held; None if it is a new request."""
         of_holder = self._holders[holder]
-        if of_holder.request != request:
+        if of_holder.sequence != sequence:
             return None
         return [
             (token, self._leases[token][0])

@@ -233,9 +233,10 @@ class QueueState:
         return [token for token in tokens if self.leases.holder_of(token) is not None]
 
     def heartbeat(self, holder: str, producers: Iterable[str]) -> None:
-        """Note that a process is alive, as a holder of leases and as producers."""
+        """Note that a process is alive, as a holder of leases (if it is one) and as producers."""
         now = self._clock()
-        self.leases.hear(holder, now)
+        if holder:
+            self.leases.hear(holder, now)
         for producer in producers:
             self.streams.hear(producer, now)
 
