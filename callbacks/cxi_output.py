@@ -9,7 +9,7 @@ from typing import Literal
 
 import lightning as L
 
-from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.callbacks.find_callback import find_callback
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.consume import write_cxi
 from peaknet_predict.cxi.account import ConsumeReport
@@ -21,20 +21,22 @@ from peaknet_predict.queues import (
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import current_address
+from peaknet_predict.queues.roster import Standing
 
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 5
 _LOOK_S = 1.0  # between looks for rank 0 while the queue is full
+_AFTER_FAILURE_S = 120.0  # how long the consumer may take to its end when the run has failed
 
 
 class CxiOutput(L.Callback):
     """Run the consumer of the `QueueWriter`'s queue in another process of the cluster.
 
     If that process is killed it is started again, and goes on where the files end. It belongs to
-    rank 0; if that is lost, a rank that finds the queue full starts another.
+    rank 0; if that is lost, a rank that finds the queue full, or closes the run, starts another.
 
-    List it behind the `QueueWriter`: the files are complete when that one has marked the end.
+    List it behind the `QueueWriter`, whose run ends when the files are complete.
 
     Parameters
     ----------
@@ -72,16 +74,64 @@ class CxiOutput(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the consumer, once per run."""
-        self._writer = callback_of(trainer, QueueWriter)
+        self.report = self._consumer = None
+        self._restarts = 0
+        self._writer = find_callback(trainer, QueueWriter)
         if self._writer is None:
             raise ValueError("CxiOutput writes what a QueueWriter sends; add one to the callbacks")
-        if not trainer.is_global_zero:
-            self._writer.check_consumer = self._replace_rank_zero
-            return
-        self._writer.check_consumer = self._check
-        self._consumer = self._start(self._writer)
+        self._writer.sign_off.consumer = self
+        if trainer.is_global_zero:
+            self._consumer = self._start(self._writer)
 
-    def _start(self, writer: QueueWriter) -> ClusterTask:
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        """Stop the run if the consumer has failed: its results would pile up unread."""
+        self._check_own()
+
+    def check(self) -> None:
+        """Raise if the consumer has failed; start one if rank 0, which has one, is lost."""
+        if self._consumer is None and time.monotonic() > self._look_again_at:
+            self._look_again_at = time.monotonic() + _LOOK_S
+            writer = self._set_up()
+            if writer.sign_off.rank_zero() in (Standing.LOST, Standing.GONE):
+                log.error("rank 0, which wrote the CXI files, is lost: this rank writes them")
+                self._consumer = self._start(writer, again=True)
+        self._check_own()
+
+    def finish(self, take_over: bool, failed: bool) -> None:
+        """Wait for the last file and check that every result is in one, or was filtered.
+
+        Parameters
+        ----------
+        take_over
+            Whether this rank answers for all results, although rank 0 may have begun with them.
+        failed
+            Whether the run has failed: the consumer is then not waited for without end.
+
+        Raises
+        ------
+        BalanceError
+            If not every result is in a file or was filtered.
+        """
+        if take_over and self._consumer is None:
+            self._consume_the_rest()
+        if self._consumer is None:
+            return
+        self.report = self._result(_AFTER_FAILURE_S if failed else None)
+        log.info("%s: %s", self.directory, self.report)
+        if not self.report.balanced:
+            predicted = self._set_up().ledger.predicted
+            raise BalanceError(f"{self.directory}: {self.report}; predicted {predicted}")
+        if self.report.failures and not failed:
+            raise BalanceError(f"the stream of results is incomplete: {self.report.failures}")
+
+    def _set_up(self) -> QueueWriter:
+        assert self._writer is not None, "found in setup"
+        return self._writer
+
+    def _start(self, writer: QueueWriter, again: bool = False) -> ClusterTask:
+        """Start a consumer; ``again`` if an earlier one may have read the stream to its end."""
+        # One that resumes wants its directory to be there, but the earlier one may not have begun.
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
         return run_in_cluster(
             write_cxi,
             writer.queue_address,
@@ -93,85 +143,46 @@ class CxiOutput(L.Callback):
             min_peaks=self.min_peaks,
             max_peaks=self.max_peaks,
             compression=self.compression,
+            resume=again,
         )
 
-    def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
-        """Stop the run if the consumer has failed: its results would pile up unread."""
-        self._check()
-
-    def _check(self) -> None:
-        if self._consumer is not None and self._consumer.done():
-            self._result()
-            if self._consumer.done():
-                raise RuntimeError("the CXI consumer ended before the run did")
-
-    def _replace_rank_zero(self) -> None:
-        """Start a consumer of this rank if rank 0, whose consumer writes the files, is lost."""
-        assert self._writer is not None
-        if self._consumer is None and time.monotonic() > self._look_again_at:
-            self._look_again_at = time.monotonic() + _LOOK_S
-            if self._writer.rank_zero_is_lost():
-                log.error("rank 0, which wrote the CXI files, is lost: this rank writes them")
-                self._consumer = self._start(self._writer)
-        self._check()
-
-    def _result(self, wait: bool = False) -> ConsumeReport | None:
-        """Return the consumer's report; start it again if its process has died."""
-        assert self._consumer is not None
-        assert self._writer is not None
-        while True:
-            try:
-                report: ConsumeReport = self._consumer.result()
-                return report
-            except ProcessLostError as error:
-                self._restarts += 1
-                if self._restarts > _MAX_RESTARTS:
-                    raise
-                log.error("the CXI consumer died (%s) and is started again", error)
-                self._consumer = self._start(self._writer)
-                if not wait:
-                    return None
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last file and check that every result is in one, or was filtered."""
-        if self._consumer is None:
-            return
-        self.report = self._result(wait=True)
-        assert self.report is not None
-        log.info("%s: %s", self.directory, self.report)
-        assert self._writer is not None
-        if not self.report.balanced:
-            raise BalanceError(
-                f"{self.directory}: {self.report}; predicted {self._writer.predicted}"
-            )
-        if self.report.failures:
-            raise BalanceError(f"the stream of results is incomplete: {self.report.failures}")
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Let the consumer write what it was sent before the cluster ends with this process.
-
-        Not after a second signal: what is not in a file by then stays in the queue.
-        """
-        if isinstance(exception, KeyboardInterrupt):
-            return
-        if self._writer is not None and self._writer.rank_zero_is_gone:
-            self._take_over(self._writer)
-        if self._consumer is None:
+    def _check_own(self) -> None:
+        if self._consumer is None or not self._consumer.done():
             return
         try:
-            self.report = self._consumer.result(timeout_s=120)
-            log.info("%s: %s", self.directory, self.report)
-        except Exception:
-            log.exception("the CXI consumer did not finish")
+            self._consumer.result()
+        except ProcessLostError as error:
+            self._start_again(error)
+            return
+        raise RuntimeError("the CXI consumer ended before the run did")
 
-    def _take_over(self, writer: QueueWriter) -> None:
-        """See that all results come into files although rank 0, whose consumer writes, is gone."""
+    def _start_again(self, error: ProcessLostError) -> None:
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            raise error
+        log.error("the CXI consumer died (%s) and is started again", error)
+        self._consumer = self._start(self._set_up(), again=True)
+
+    def _result(self, timeout_s: float | None = None) -> ConsumeReport:
+        """Return the consumer's report; start it again if its process dies."""
+        while True:
+            assert self._consumer is not None
+            try:
+                report: ConsumeReport = self._consumer.result(timeout_s)
+                return report
+            except ProcessLostError as error:
+                self._start_again(error)
+
+    def _consume_the_rest(self) -> None:
+        """Have all results brought into files although rank 0, whose consumer wrote them, is lost.
+
+        Its consumer may still be at work, and one started here may find nothing to do.
+        """
+        writer = self._set_up()
         admin = connect_queue(writer.queue_address, "results").admin
         while (now := admin.statistics()) is not None:
             if now.ended and not now.ready and not now.leased:
                 return
             if self._consumer is None or self._consumer.done():
-                self._consumer = self._start(writer)
-            time.sleep(0.5)
+                self._consumer = self._start(writer, again=True)
+            time.sleep(_LOOK_S)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from queue import Full
 from queue import Queue as BoundedQueue
 
 from peaknet_predict.queues import Producer
-from peaknet_predict.types import EventId, Result
+from peaknet_predict.types import Result
 
 _CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
-_LATENCIES_KEPT = 10_000
 
 
 class Outbox:
@@ -21,27 +18,33 @@ class Outbox:
 
     Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
     batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
-    ``accepted`` is called with the events whose results the output queue has.
+
+    Parameters
+    ----------
+    queue
+        The output queue.
+    name
+        This process's name as its producer.
+    accepted
+        Called with results that the output queue has accepted. If it raises, because the input
+        queue is gone, the results that follow are delivered all the same.
 
     Attributes
     ----------
     delivered
-        Results that the output queue has accepted.
-    latencies_s
-        Seconds from an event's entry into the input queue to the acceptance of its result by the
-        output queue, of the latest results whose entry is known.
+        How many results the output queue has accepted.
     """
 
     def __init__(
-        self, queue: Producer, producer: str, accepted: Callable[[list[EventId]], None]
+        self, queue: Producer, name: str, accepted: Callable[[list[Result]], None]
     ) -> None:
-        self.latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self.delivered = 0
         self._queue = queue
-        self._producer = producer
+        self._name = name
         self._accepted = accepted
         self._waiting: BoundedQueue[list[Result] | None] = BoundedQueue(maxsize=2)
         self._error: BaseException | None = None
+        self._not_accepted: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
         self._thread.start()
 
@@ -65,17 +68,19 @@ class Outbox:
         while self._thread.is_alive():
             self._thread.join(timeout=_CHECK_S)
             check()
-        if self._error is not None:
-            raise self._error
+        error = self._error or self._not_accepted
+        if error is not None:
+            raise error
 
     def _work(self) -> None:
         while (results := self._waiting.get()) is not None:
             try:
-                self._queue.put(self._producer, results)
-                self._accepted([result.id for result in results])
+                self._queue.put(self._name, results)
             except BaseException as error:
                 self._error = error
                 return
             self.delivered += len(results)
-            now = time.time()
-            self.latencies_s.extend(now - r.put_at for r in results if r.put_at > 0)
+            try:
+                self._accepted(results)
+            except BaseException as error:
+                self._not_accepted = error

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 
 from peaknet_predict.callbacks.cxi_output import CxiOutput
-from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.callbacks.find_callback import find_callback
 from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.peaks.match import match_peaks
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Score:
+class PlantedPeakCounts:
     """Counts over a run, from which recall and precision follow.
 
     Attributes
@@ -69,14 +69,18 @@ class PlantedPeakScore(L.Callback):
     def __init__(self, min_snr: float = 8.0, radius_px: float = 2.0) -> None:
         self.min_snr = min_snr
         self.radius_px = radius_px
-        self.score: Score | None = None
+        self.score: PlantedPeakCounts | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin a new run."""
+        self.score = None
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the files back and show the score."""
         if not trainer.is_global_zero:
             return
         datamodule = getattr(trainer, "datamodule", None)
-        output = callback_of(trainer, CxiOutput)
+        output = find_callback(trainer, CxiOutput)
         simulator = datamodule.source if isinstance(datamodule, QueueDataModule) else None
         if output is None or output.report is None or not isinstance(simulator, Simulator):
             raise ValueError(
@@ -97,14 +101,16 @@ class PlantedPeakScore(L.Callback):
         )
 
 
-def score_files(paths: list[Path], simulator: Simulator, min_snr: float, radius_px: float) -> Score:
+def score_files(
+    paths: list[Path], simulator: Simulator, min_snr: float, radius_px: float
+) -> PlantedPeakCounts:
     """Compare CXI files with all that a simulator planted; parameters as in `PlantedPeakScore`.
 
     Events that are in no file, because they were filtered, count with all their planted peaks as
     missed.
     """
     listed = {event.id.idx: event.peaks for path in paths for event in read_cxi(path)}
-    score = Score()
+    score = PlantedPeakCounts()
     for idx in range(len(simulator)):
         planted = simulator.planted_peaks(idx)
         peaks = listed.get(idx, np.empty((0, 3)))

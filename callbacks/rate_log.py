@@ -7,7 +7,8 @@ import time
 
 import lightning as L
 
-from peaknet_predict.callbacks.lookup import callback_of
+from peaknet_predict.callbacks.find_callback import find_callback
+from peaknet_predict.callbacks.ledger import Ledger
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.data import QueueDataModule
 
@@ -31,8 +32,11 @@ class RateLog(L.Callback):
         self.interval_s = interval_s
         self._started: float | None = None
         self._shown_at = self._last_at = 0.0
-        self._shown_events = 0
-        self._first_events = 0
+        self._shown_events = self._first_events = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin a new run."""
+        self._started = None
 
     def on_predict_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         """Show a line if it is time for one."""
@@ -40,9 +44,9 @@ class RateLog(L.Callback):
         if self._started is None:
             # From the first result on: start-up and compilation are not the rate.
             self._started = self._shown_at = now
-            self._first_events = self._shown_events = _writer(trainer).predicted
+            self._first_events = self._shown_events = _ledger(trainer).predicted
         if now - self._shown_at >= self.interval_s:
-            events = _writer(trainer).predicted
+            events = _ledger(trainer).predicted
             self._show(trainer, (events - self._shown_events) / (now - self._shown_at))
             self._shown_at, self._shown_events = now, events
 
@@ -53,23 +57,23 @@ class RateLog(L.Callback):
             return
         # Up to the last batch: waiting for other ranks and for files is not the rate.
         seconds = max(self._last_at - self._started, 1e-9)
-        self._show(trainer, (_writer(trainer).predicted - self._first_events) / seconds)
+        self._show(trainer, (_ledger(trainer).predicted - self._first_events) / seconds)
 
     def _show(self, trainer: L.Trainer, rate_hz: float) -> None:
-        writer = _writer(trainer)
+        ledger = _ledger(trainer)
         datamodule = getattr(trainer, "datamodule", None)
         waiting = ""
         if isinstance(datamodule, QueueDataModule) and datamodule.dataset is not None:
             waiting = f", {datamodule.dataset.size()} waiting"
-        p50_ms, p99_ms = writer.latency_ms(50, 99)
+        p50_ms, p99_ms = ledger.latency_ms(50, 99)
         log.info(
             "rank %d: %d events, %d hits, %d peaks, %d refused, %.1f events/s, "
             "latency p50 %.0f ms, p99 %.0f ms%s",
             trainer.global_rank,
-            writer.predicted,
-            writer.hits,
-            writer.peaks,
-            writer.refused,
+            ledger.predicted,
+            ledger.hits,
+            ledger.peaks,
+            ledger.refused,
             rate_hz,
             p50_ms,
             p99_ms,
@@ -77,8 +81,8 @@ class RateLog(L.Callback):
         )
 
 
-def _writer(trainer: L.Trainer) -> QueueWriter:
-    writer = callback_of(trainer, QueueWriter)
+def _ledger(trainer: L.Trainer) -> Ledger:
+    writer = find_callback(trainer, QueueWriter)
     if writer is None:
         raise ValueError("RateLog shows the counts of a QueueWriter; add one to the callbacks")
-    return writer
+    return writer.ledger

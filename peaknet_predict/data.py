@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
 _REMIND_S = 0.05  # pause between two reminders that what is under way is waited for
+_STALL_S = 600.0  # a caller that has not come back for so long hangs
 _BEHIND_S = 0.002  # shortest wait, for a batch that is due while the caller is busy
 _BATCHES_AHEAD = 2  # batches made before the caller asks for them
 
@@ -109,6 +110,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._check_producer = check_producer
         self.grace_s = grace_s
         self._active_at = time.monotonic()
+        self._worked_at: float | None = None
         self._ready: SimpleQueue[EventBatch | BaseException | None] = SimpleQueue()
         self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
         self.stop = StopRequest(grace_s)
@@ -126,7 +128,9 @@ class QueueDataset(IterableDataset[EventBatch]):
                 while (batch := self._ready.get()) is not None:
                     if isinstance(batch, BaseException):
                         raise batch
+                    self._worked_at = time.monotonic()
                     yield batch
+                    self._worked_at = None
                     self._permits.release()
             finally:
                 self._abandoned.set()
@@ -152,6 +156,9 @@ class QueueDataset(IterableDataset[EventBatch]):
             if self.stop.is_set():
                 self.interrupted = True
                 break
+            if self.stalled:
+                time.sleep(_WAIT_S)  # asking for more would be a sign of work
+                continue
             due_in_s = self._due_in_s()
             if due_in_s <= 0 and self._ready.empty():
                 yield batcher.take()
@@ -206,7 +213,18 @@ class QueueDataset(IterableDataset[EventBatch]):
 
     def touch(self) -> None:
         """Note that the run is alive, though it waits."""
+        if self._worked_at is not None:
+            self._worked_at = time.monotonic()
         self._queue.reader.touch()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the caller hangs: it has had a batch for ten minutes and given no sign since.
+
+        Nothing more is taken then, so that what is held goes to other readers.
+        """
+        worked_at = self._worked_at
+        return worked_at is not None and time.monotonic() - worked_at > _STALL_S
 
     @property
     def queue(self) -> Queue:

@@ -39,7 +39,7 @@ from peaknet_predict.queues.cluster import connect
 from peaknet_predict.queues.native import NativeReader
 from peaknet_predict.queues.quarantine import read_index
 from peaknet_predict.queues.statistics import QueueStatistics
-from peaknet_predict.types import EventId
+from peaknet_predict.types import EventId, Result
 
 REPOSITORY = Path(__file__).parents[2]
 LEASE_S = 3.0
@@ -50,9 +50,9 @@ _LIMIT_S = 900.0  # a run that has not ended by itself then has failed
 class FragileQueueWriter(QueueWriter):
     """May be killed when the output queue has results that the input queue does not know of."""
 
-    def _acknowledge(self, ids: list[EventId]) -> None:
+    def _accepted(self, results: list[Result]) -> None:
         _perhaps_die()
-        super()._acknowledge(ids)
+        super()._accepted(results)
 
 
 def fragile_command() -> None:

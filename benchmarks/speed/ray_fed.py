@@ -177,12 +177,12 @@ def main() -> None:
     rows.append(("memory-fed, 50 peaks a panel", f"{EVENTS / memory_s:.0f} events/s"))
     wanted = int(arguments.seconds / memory_s) * EVENTS
     moments, writer = ray_fed(module, "fast", arguments.producers, wanted, None)
-    assert writer.predicted == wanted // arguments.producers * arguments.producers
+    assert writer.ledger.predicted == wanted // arguments.producers * arguments.producers
     ray_s = statistics.median(windows_of(moments, 20))
     rows.append(("Ray-fed, results into Ray", f"{EVENTS / ray_s:.0f} events/s"))
     rows.append(("  of memory-fed", f"{memory_s / ray_s:.3f}"))
     _, writer = ray_fed(module, "slow", 1, 1500, 120.0)
-    p50, p99 = writer.latency_ms(50, 99)
+    p50, p99 = writer.ledger.latency_ms(50, 99)
     rows.append(
         ("latency from put to result at 120 events/s", f"p50 {p50:.0f} ms, p99 {p99:.0f} ms")
     )

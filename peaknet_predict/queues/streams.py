@@ -123,7 +123,9 @@ class StreamBook:
         """
         for name in [name for name in self._heard if name.startswith(prefix)]:
             self.close(name, None, end_markers)
-        for name in [name for name in self.failures if name.startswith(prefix)]:
+        # What is wrong with all of it, as another member has said, stays.
+        members = (name for name in self.failures if name.startswith(prefix) and name != prefix)
+        for name in list(members):
             self._silenced.discard(name)
             del self.failures[name]
         # One that died before it opened is not waited for either.
@@ -239,7 +241,6 @@ class StreamBook:
         if self._is_empty():
             self.groups.begin_generation()
             self.failures.clear()
-            self._silenced.clear()
         self._closed.clear()
         self._expected = 0
         self._end_markers = 0

@@ -1,0 +1,189 @@
+"""What became of the events of one rank: counted, shown in the log, and written down."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peaknet_predict.data import QueueDataset
+from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
+from peaknet_predict.queues import Admin, QueueError
+from peaknet_predict.types import Refusal, Result
+
+log = logging.getLogger(__name__)
+
+_REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
+_LATENCIES_KEPT = 10_000
+
+
+class Ledger:
+    """Counts what became of every event that one rank has received in one run.
+
+    Parameters
+    ----------
+    dataset
+        Where the events come from; None where they do not come from a queue.
+    output
+        The queue of the results.
+    rank
+        This rank's number.
+    min_hit_peaks
+        An event with at least this many peaks is a hit.
+    path
+        File of rank 0's record; the others write theirs beside it. None writes none.
+
+    Attributes
+    ----------
+    predicted, refused, hits, peaks
+        Counts.
+    """
+
+    def __init__(
+        self,
+        dataset: QueueDataset | None,
+        output: Admin,
+        rank: int = 0,
+        min_hit_peaks: int = 10,
+        path: str | Path | None = None,
+    ) -> None:
+        self.predicted = 0
+        self.refused = 0
+        self.hits = 0
+        self.peaks = 0
+        self._dataset = dataset
+        self._output = output
+        self._rank = rank
+        self._min_hit_peaks = min_hit_peaks
+        self._path = None if path is None else path_of_rank(path, rank)
+        self._last_refusal: Refusal | None = None
+        # Appended to by one thread while another one takes percentiles of a copy.
+        self._latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+
+    @property
+    def received(self) -> int:
+        """Items taken from the input."""
+        counted = self.predicted + self.refused
+        return counted if self._dataset is None else self._dataset.received
+
+    @property
+    def left(self) -> int:
+        """Items that were neither predicted nor refused, and so go back."""
+        return self.received - self.predicted - self.refused
+
+    def count(self, results: Sequence[Result], refusals: Sequence[Refusal]) -> None:
+        """Count what became of a batch."""
+        self.predicted += len(results)
+        self.peaks += sum(len(result.peaks) for result in results)
+        self.hits += sum(len(result.peaks) >= self._min_hit_peaks for result in results)
+        for refusal in refusals:
+            self.refused += 1
+            self._last_refusal = refusal
+            if self.refused <= _REFUSALS_SHOWN:
+                log.warning("refused %s", refusal)
+            if self.refused == _REFUSALS_SHOWN:
+                log.warning("further refusals are counted, but not shown")
+
+    def count_delivered(self, results: Sequence[Result]) -> None:
+        """Note when results were accepted by the output queue."""
+        now = time.time()
+        self._latencies_s.extend(now - result.put_at for result in results if result.put_at > 0)
+
+    def latency_ms(self, *percentiles: float) -> list[float]:
+        """Return percentiles of the time from an event's put to its result's acceptance.
+
+        Of the latest events whose time of entry is known; NaN where there are none.
+        """
+        latencies_s = list(self._latencies_s)
+        if not latencies_s:
+            return [float("nan")] * len(percentiles)
+        return [1000 * float(p) for p in np.percentile(latencies_s, percentiles)]
+
+    def problem(self, world_size: int) -> str | None:
+        """Say, at the end of the loop, what does not add up; None if all does.
+
+        On several ranks, one may have got nothing but bad events by chance.
+        """
+        if self._dataset is None:
+            return None
+        problem = self._dataset.problem()
+        if problem is not None:
+            return problem
+        if self.left:
+            return (
+                f"received {self.received} events, but predicted {self.predicted} and refused "
+                f"{self.refused}"
+            )
+        if self.refused and not self.predicted and world_size == 1:
+            return f"all {self.refused} events were refused; the last one was {self._last_refusal}"
+        return None
+
+    def show(self) -> None:
+        """Show in the log what became of the events, and what the queues promise."""
+        back = "given back" if self._dataset is not None and self._leases_input else "lost"
+        log.info(
+            "rank %d: received %d = predicted %d + refused %d%s; %d peaks",
+            self._rank,
+            self.received,
+            self.predicted,
+            self.refused,
+            f" + {back} {self.left}" if self.left else "",
+            self.peaks,
+        )
+        if self._rank > 0:
+            return
+        for name, queue in self._queues().items():
+            level = logging.INFO if queue.leases else logging.WARNING
+            log.log(level, "promise of the %s queue: %s", name, queue.promise)
+
+    def write(self, problem: str | None, other_ranks: str | None) -> None:
+        """Write the record, as JSON; what a queue can no longer say is left out, with the reason.
+
+        Parameters
+        ----------
+        problem
+            What is wrong with this rank's run.
+        other_ranks
+            What is wrong with other ranks.
+        """
+        if self._path is None:
+            return
+        counts = {
+            "rank": self._rank,
+            "received": self.received,
+            "predicted": self.predicted,
+            "quarantined": self.refused,
+            "given_back": self.left,
+        }
+        queues = {name: _said_by(queue) for name, queue in self._queues().items()}
+        # In the order in which the data flow.
+        stages: dict[str, Any] = {
+            name: queues.get(name, counts)
+            for name in ("input", "predict", "output")
+            if name in queues or name == "predict"
+        }
+        record = {"problem": problem, "other_ranks": other_ranks, "stages": stages}
+        try:
+            write_balance(self._path, record)
+        except OSError as error:
+            log.error("the balance could not be written to %s: %s", self._path, error)
+
+    @property
+    def _leases_input(self) -> bool:
+        return self._dataset is not None and self._dataset.queue.admin.leases
+
+    def _queues(self) -> dict[str, Admin]:
+        input = {} if self._dataset is None else {"input": self._dataset.queue.admin}
+        return input | {"output": self._output}
+
+
+def _said_by(queue: Admin) -> dict[str, Any]:
+    try:
+        return queue_balance(queue)
+    except QueueError as error:
+        return {"promise": queue.promise, "problem": str(error)}

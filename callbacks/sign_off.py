@@ -1,0 +1,271 @@
+"""The end of a run: what every rank does when it has no more to do, and who closes the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from peaknet_predict.process.balance import BalanceError, SurvivedError
+from peaknet_predict.queues import Queue, QueueError
+from peaknet_predict.queues.roster import Roll, Standing
+
+log = logging.getLogger(__name__)
+
+_GIVE_UP_S = 600.0  # how long a rank that is alive, but does not close the run, is waited for
+_NOTICE_S = 30.0
+_LOOK_S = 0.5
+
+
+class Meeting(Protocol):
+    """Where the ranks of a run meet: a `peaknet_predict.queues.roster.Roster`."""
+
+    def report(self, **changes: object) -> Roll:
+        """Say what has changed with this rank; return where all stand."""
+
+
+class Consumer(Protocol):
+    """Takes the results of this run out of the output queue, as part of the run."""
+
+    def check(self) -> None:
+        """Raise if it has failed."""
+
+    def finish(self, take_over: bool, failed: bool) -> None:
+        """Wait until it has brought to an end what it was sent; raise if it cannot.
+
+        With ``take_over``, this rank answers for all results, whoever was to take them. After a
+        run that has ``failed`` it is not waited for without end.
+        """
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended for this rank.
+
+    Attributes
+    ----------
+    problem
+        What is wrong with this rank, or with what it closed.
+    other_ranks
+        What is wrong with other ranks, as far as this one knows.
+    error
+        What to raise; None if every event is accounted for and nobody was lost.
+    """
+
+    problem: str | None
+    other_ranks: str | None
+    error: Exception | None
+
+
+class SignOff:
+    """Ends a run for one of its ranks, whether it has done its work or failed.
+
+    A rank closes its part of the results' stream. If it has seen the end of a leased input, nothing
+    is under way on any rank, so it closes the parts of all. Then it reports to the roster, and
+    stays until the run is closed. The lowest rank that is left closes it: it marks the end in a
+    queue that has only one for all, and sees to it that the run's own consumer has finished. A
+    rank that has failed leaves at once, unless no lower one is alive: rank 0 may host the cluster.
+
+    Parameters
+    ----------
+    results
+        The output queue.
+    roster
+        Where the ranks meet; None if there is only one.
+    group
+        How the names of the producers of this run and of those that it takes the place of begin.
+    producer
+        This rank's own name.
+    rank, world_size
+        This rank's number, of how many.
+    num_consumers
+        How many readers of the output queue know only ``get``.
+    clock, sleep
+        Seconds that only go forward, and a pause.
+
+    Attributes
+    ----------
+    consumer
+        The run's own consumer of its results, where it has one.
+    """
+
+    def __init__(
+        self,
+        results: Queue,
+        roster: Meeting | None,
+        group: str,
+        producer: str,
+        rank: int = 0,
+        world_size: int = 1,
+        num_consumers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.consumer: Consumer | None = None
+        self._results = results
+        self._roster = roster
+        self._group = group
+        self._producer = producer
+        self._rank = rank
+        self._world_size = world_size
+        self._num_consumers = num_consumers
+        self._clock = clock
+        self._sleep = sleep
+        self._standing = Standing.WORKING
+
+    def begin(self) -> None:
+        """Sign on: from now on this rank counts as alive, and the stream waits for its end."""
+        if self._roster is not None:
+            self._roster.report()
+        self._results.producer.open(self._producer, of=self._world_size)
+
+    def check_consumer(self) -> None:
+        """Raise if the run's own consumer has failed: there would never be room for results."""
+        if self.consumer is not None:
+            self.consumer.check()
+
+    def rank_zero(self) -> Standing:
+        """Say whether rank 0 is alive, lost or gone; it is lost if the roster is."""
+        if self._roster is None or self._rank == 0:
+            return self._standing
+        try:
+            return self._roster.report().standings[0]
+        except QueueError:
+            return Standing.LOST
+
+    def end(self, problem: str | None, input_ended: bool, at_once: bool = False) -> Ending:
+        """Leave the run in order, whatever has happened to this rank.
+
+        It may be called again, ``at_once``, where an earlier call was interrupted.
+
+        Parameters
+        ----------
+        problem
+            What went wrong with this rank.
+        input_ended
+            Whether it has seen the end of an input that leases its events: then nothing is under
+            way any more, on any rank.
+        at_once
+            Whether to leave without waiting for anybody or anything.
+        """
+        errors: list[Exception] = []
+        if not self._results.producer.closes_for_all:
+            errors += _attempt(lambda: self._close_part(problem, input_ended))
+        roll = self._wait_for_turn(problem or _said(errors), input_ended, at_once)
+        others = self._other_ranks(roll)
+        closes = self._rank == 0 if at_once or roll is None else roll.closer == self._rank
+        if closes and self._results.producer.closes_for_all:
+            errors += _attempt(lambda: self._close_for_all(problem or others))
+        if self.consumer is not None and not at_once:
+            finish = self.consumer.finish
+            # Without news of the others, each answers for all: no result is written twice.
+            take_over = closes or roll is None
+            errors += _attempt(lambda: finish(take_over, failed=problem is not None))
+        trouble = problem or _said(errors)
+        self._leave(trouble, closes)
+        beyond_help = not input_ended or (roll is not None and roll.final)
+        error: Exception | None = None
+        if errors and problem is None:
+            error = errors.pop(0)
+        elif problem is not None or (others is not None and beyond_help):
+            error = BalanceError(problem or others)
+        elif others is not None:
+            # What the others left undone has come back and has been done.
+            error = SurvivedError(f"every event is accounted for, but {others}")
+        for unraised in errors:
+            log.error("at the end of the run: %s: %s", type(unraised).__name__, unraised)
+        return Ending(trouble, others, error)
+
+    def _close_part(self, problem: str | None, input_ended: bool) -> None:
+        producer = self._results.producer
+        if input_ended:
+            # All there is to push has been pushed, by whichever rank.
+            producer.close_group(self._group, problem, self._num_consumers)
+        else:
+            producer.close(self._producer, problem, self._num_consumers)
+
+    def _close_for_all(self, failure: str | None) -> None:
+        self._results.producer.close(self._producer, failure, self._num_consumers)
+
+    def _wait_for_turn(self, failure: str | None, final: bool, at_once: bool) -> Roll | None:
+        """Report, and stay until it is this rank's turn to close the run, or that has happened."""
+        self._standing = Standing.DONE
+        if self._roster is None:
+            return None
+        if at_once:
+            self._standing = Standing.GONE
+        try:
+            roll = self._roster.report(standing=self._standing, failure=failure, final=final)
+            lower = roll.standings[: self._rank]
+            if failure is not None and {Standing.WORKING, Standing.DONE} & set(lower):
+                self._standing = Standing.GONE
+                return self._roster.report(standing=Standing.GONE)
+            return roll if at_once else self._wait(self._roster, roll)
+        except QueueError as error:
+            log.error("the roster of the ranks cannot be reached: %s", error)
+            return None
+
+    def _wait(self, roster: Meeting, roll: Roll) -> Roll:
+        closer, chosen_at = roll.closer, self._clock()
+        notice_at = self._clock()
+        while not roll.closed and roll.closer != self._rank:
+            now = self._clock()
+            if roll.closer != closer:
+                closer, chosen_at = roll.closer, now
+            if now >= notice_at:
+                notice_at = now + _NOTICE_S
+                log.info("waiting for rank %s", _waited_for(roll))
+            given_up = None
+            if closer is not None and now - chosen_at > _GIVE_UP_S:
+                chosen_at = now
+                # Its consumer may be waiting for disk space, which takes its time.
+                if not self._results_wait():
+                    log.error("gave up waiting for rank %s to close the run", closer)
+                    given_up = closer
+            self._sleep(_LOOK_S)
+            roll = roster.report(given_up=given_up)
+        return roll
+
+    def _results_wait(self) -> bool:
+        """Whether results are still on their way to a consumer."""
+        try:
+            now = self._results.admin.statistics()
+            return self._results.admin.size() > 0 if now is None else now.ready + now.leased > 0
+        except QueueError:
+            return False
+
+    def _other_ranks(self, roll: Roll | None) -> str | None:
+        """Say what is wrong with the other ranks."""
+        if roll is None:
+            return None if self._roster is None else "the roster, where the ranks meet, is gone"
+        failures = sorted((k, what) for k, what in roll.failures.items() if k != self._rank)
+        return "; ".join(f"rank {k}: {what}" for k, what in failures) or None
+
+    def _leave(self, failure: str | None, closed: bool) -> None:
+        if self._standing is Standing.GONE or self._roster is None:
+            return
+        self._standing = Standing.GONE
+        try:
+            self._roster.report(standing=Standing.GONE, failure=failure, closed=closed)
+        except QueueError as error:
+            log.error("the other ranks cannot be told the end: %s", error)
+
+
+def _said(errors: list[Exception]) -> str | None:
+    return "; ".join(f"{type(error).__name__}: {error}" for error in errors) or None
+
+
+def _attempt(act: Callable[[], None]) -> list[Exception]:
+    """Return what went wrong: the rest of the end must not depend on it."""
+    try:
+        act()
+    except Exception as error:
+        return [error]
+    return []
+
+
+def _waited_for(roll: Roll) -> str:
+    working = [rank for rank, one in enumerate(roll.standings) if one is Standing.WORKING]
+    return ", ".join(map(str, working)) or f"{roll.closer} to close the run"

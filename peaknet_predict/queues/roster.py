@@ -1,0 +1,277 @@
+"""Where the ranks of a run meet at its end: who is at work, who is done, and who closes the run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.transport import ActorCalls, Heartbeat
+
+_LINGER_S = 60.0  # how long a roster stays when no rank is left
+
+
+class Standing(Enum):
+    """Where a rank stands; the one answer to whether it is alive."""
+
+    WORKING = "at work"
+    """It takes events, or pushes results."""
+
+    DONE = "done"
+    """It has pushed its last result, and stays until the run is closed."""
+
+    GONE = "gone"
+    """It has left."""
+
+    LOST = "lost"
+    """Nothing is heard of it: killed, stopped or cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a rank says of itself; each report says all of it, so that none may be missed.
+
+    Attributes
+    ----------
+    rank
+        Its number.
+    standing
+        Every standing but `Standing.LOST`.
+    failure
+        What went wrong with it.
+    final
+        Whether the other ranks cannot make good what went wrong.
+    closed
+        Whether it has closed the run.
+    given_up
+        A rank that was to close the run and does not: it is lost until it reports something new.
+    """
+
+    rank: int
+    standing: Standing = Standing.WORKING
+    failure: str | None = None
+    final: bool = False
+    closed: bool = False
+    given_up: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Where all ranks stand.
+
+    Attributes
+    ----------
+    standings
+        Of each rank.
+    failures
+        Ranks with which something went wrong, and what.
+    final
+        Whether the other ranks cannot make good one of the failures.
+    closer
+        The rank whose turn it is to close the run; None while ranks are at work, and afterwards.
+    closed
+        Whether the run has been closed, so that nobody need stay.
+    """
+
+    standings: tuple[Standing, ...]
+    failures: dict[int, str] = field(default_factory=dict)
+    final: bool = False
+    closer: int | None = None
+    closed: bool = False
+
+
+class RosterState:
+    """The reports of all ranks, and what follows from them: no Ray, and the clock is given.
+
+    The run is closed when no rank is at work any more, by the lowest rank that is done. If that one
+    is lost, the next one closes it. A rank that was lost and reports again is not lost any more.
+
+    Parameters
+    ----------
+    num_ranks
+        All of them count from the beginning: one that dies before its first report is lost, too.
+    silence_s
+        A rank that is silent for longer is lost.
+    clock
+        Seconds that only go forward.
+    """
+
+    def __init__(
+        self, num_ranks: int, silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._reports = [Report(rank) for rank in range(num_ranks)]
+        self._silence_s = silence_s
+        self._clock = clock
+        self._heard = [clock()] * num_ranks
+        self._given_up: set[int] = set()
+        self._closer: int | None = None
+        self._closed = False
+
+    def report(self, report: Report) -> Roll:
+        """Hear a rank, and tell it where all stand."""
+        if report != self._reports[report.rank]:
+            self._given_up.discard(report.rank)
+            if report.given_up is not None:
+                self._given_up.add(report.given_up)
+        self._reports[report.rank] = report
+        self._heard[report.rank] = self._clock()
+        self._closed |= report.closed
+        return self.roll()
+
+    def roll(self) -> Roll:
+        """Say where all ranks stand."""
+        standings = tuple(self._standing(report) for report in self._reports)
+        failures = {
+            report.rank: report.failure
+            for report in self._reports
+            if report.failure is not None and standings[report.rank] is not Standing.LOST
+        }
+        for rank, standing in enumerate(standings):
+            if standing is Standing.LOST:
+                failures[rank] = self._why_lost(rank)
+        if self._closer is None or standings[self._closer] is not Standing.DONE:
+            done = [rank for rank, one in enumerate(standings) if one is Standing.DONE]
+            self._closer = done[0] if done and Standing.WORKING not in standings else None
+        final = any(report.final and report.failure is not None for report in self._reports)
+        closer = None if self._closed else self._closer
+        return Roll(standings, failures, final, closer, self._closed)
+
+    def deserted(self) -> bool:
+        """Whether no rank is left."""
+        return not {Standing.WORKING, Standing.DONE} & set(self.roll().standings)
+
+    def _standing(self, report: Report) -> Standing:
+        if report.standing is Standing.GONE:
+            return Standing.GONE
+        lost = report.rank in self._given_up or self._silent(report.rank)
+        return Standing.LOST if lost else report.standing
+
+    def _silent(self, rank: int) -> bool:
+        return self._clock() - self._heard[rank] > self._silence_s
+
+    def _why_lost(self, rank: int) -> str:
+        if self._silent(rank):
+            return f"silent for {self._silence_s:g} s: killed or cut off"
+        return "alive, but it did not close the run"
+
+
+class RosterActor:
+    """`RosterState` as an actor, which ends when no rank is left.
+
+    It outlives rank 0, whose death the others must learn of. Made anew by Ray after its own death,
+    it knows everything again once each rank has reported.
+    """
+
+    def __init__(self, num_ranks: int, silence_s: float, linger_s: float = _LINGER_S) -> None:
+        self._linger_s = linger_s
+        self._state = RosterState(num_ranks, silence_s)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def report(self, report: Report) -> Roll:
+        """Hear a rank, and tell it where all stand."""
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_when_deserted())
+        return self._state.report(report)
+
+    async def _end_when_deserted(self) -> None:
+        import ray
+
+        since = time.monotonic()
+        while time.monotonic() - since < self._linger_s:
+            await asyncio.sleep(1.0)
+            if not self._state.deserted():
+                since = time.monotonic()
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+class Roster:
+    """One rank's place in the roster.
+
+    A thread repeats its report, so that it counts as alive for as long as it works.
+
+    Parameters
+    ----------
+    calls
+        The roster's actor.
+    rank
+        This rank's number.
+    silence_s
+        The silence after which it would be lost.
+    stalled
+        Says whether it does not get on, so that it is not to count as alive.
+    """
+
+    def __init__(
+        self, calls: ActorCalls, rank: int, silence_s: float, stalled: Callable[[], bool]
+    ) -> None:
+        self._calls = calls
+        self._stalled = stalled
+        self._report = Report(rank)
+        self._in_order = threading.Lock()  # an older report must not arrive behind a newer one
+        self._heartbeat = Heartbeat(self._beat, silence_s / 4)
+
+    def report(self, **changes: Any) -> Roll:
+        """Say what has changed with this rank, in the fields of `Report`; return where all stand.
+
+        Raises
+        ------
+        QueueError
+            If the roster cannot be reached.
+        """
+        with self._in_order:
+            self._report = replace(self._report, **changes)
+            self._heartbeat.start()
+            roll: Roll = self._calls.call("report", self._report)
+            return roll
+
+    def _beat(self) -> None:
+        with self._in_order:
+            if self._report.standing is not Standing.GONE and not self._stalled():
+                self._calls.call("report", self._report)
+
+
+def connect_roster(
+    name: str,
+    namespace: str,
+    num_ranks: int,
+    rank: int,
+    silence_s: float,
+    stalled: Callable[[], bool],
+) -> Roster:
+    """Find the roster of a run, or make it, in the cluster this process has joined.
+
+    Parameters
+    ----------
+    name, namespace
+        Of its actor: a name of its own for every run.
+    num_ranks, rank
+        How many ranks the run has, and which of them this is.
+    silence_s
+        A rank that is silent for longer is lost.
+    stalled
+        Says whether this rank does not get on, so that it is not to count as alive.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    handle = (
+        ray.remote(RosterActor)
+        .options(
+            name=name,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            # Softly: if this node dies, it is made anew on another one.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        )
+        .remote(num_ranks, silence_s)
+    )
+    return Roster(ActorCalls(handle, QueueAddress(name, namespace)), rank, silence_s, stalled)
