@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 
 import ray
 
 from peaknet_predict.queues import QueueAddress
 from peaknet_predict.queues.roster import Report, Roster, RosterActor, Standing, connect_roster
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+from tests.helpers.commands import wait_until
 
 
 def join(address: QueueAddress, rank: int, silence_s: float = 60.0) -> Roster:

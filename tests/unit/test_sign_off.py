@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.process.balance import BalanceError, SurvivedError
-from peaknet_predict.queues import QueueError
-from peaknet_predict.queues.roster import Report, Roll, RosterState
+from peaknet_predict.queues.roster import RosterState
 from peaknet_predict.types import Event, EventId, Result
+from tests.helpers.memory_cluster import MemoryRoster
 from tests.helpers.memory_queue import MemoryQueue
 from tests.helpers.virtual_time import Task, VirtualTime
 
@@ -32,21 +32,6 @@ class Plan:
     work_s: float
     fate: Fate = "lives"
     at_s: float = 0.0
-
-
-class MemoryRoster:
-    """A place in the roster, without Ray; the world below repeats its report."""
-
-    def __init__(self, state: RosterState, rank: int) -> None:
-        self._state = state
-        self._report = Report(rank)
-        self.reachable = True
-
-    def report(self, **changes: Any) -> Roll:
-        if not self.reachable:
-            raise QueueError("the roster is gone")
-        self._report = replace(self._report, **changes)
-        return self._state.report(self._report)
 
 
 class RunsConsumer:
