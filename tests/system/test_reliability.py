@@ -177,6 +177,7 @@ def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     idx = 0
     # Both ranks have worked once the output has seen them both; then one of them goes.
     while statistics(results).accepted < 40:
+        assert process.poll() is None, process.communicate()[0]
         idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
     # Rank 0 may be stopped before its consumer of results has begun: another has to begin then, for

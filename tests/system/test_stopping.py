@@ -121,6 +121,7 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     queue.producer.open("p")
     idx = 0
     while statistics(results).accepted < 40:
+        assert process.poll() is None, process.communicate()[0]
         idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
     queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + EVENTS)])

@@ -31,6 +31,11 @@ from tests.helpers.memory_cluster import MemoryCluster, install
 
 EVENTS = 7
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You have overridden `transfer_batch_to_device`"),
+    pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices"),
+]
+
 
 class Dots(EventSource):
     """Events with one bright pixel, and with none at all where ``blind``."""
