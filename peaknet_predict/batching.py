@@ -62,6 +62,11 @@ def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
         return f"image has dtype {image.dtype}; expected integers or floating point"
     if image.dtype.newbyteorder("=") not in _TORCH_DTYPES:
         return f"image has dtype {image.dtype}, which torch cannot hold"
+    if event.bad_bits is not None and len(event.bad_bits) != -(-image.size // 8):
+        return (
+            f"its mask has {len(event.bad_bits)} bytes; an image of {image.size} pixels needs "
+            f"{-(-image.size // 8)}"
+        )
     return _check_photon_energy(event.photon_energy)
 
 

@@ -107,7 +107,7 @@ class ForwardPass:
         self._shapes_seen: set[tuple[int, ...]] = set()
         self._device = torch.device("cpu")
         # Functions, not modules: a module held twice would be saved under two names.
-        self._prepare: Callable[[Tensor], Prepared] = preprocess.forward
+        self._prepare: Callable[[Tensor, Tensor], Prepared] = preprocess.transform
         self.network: Callable[..., Tensor] = net.forward
         self.stride: Literal[1, 4] = 1
         self.mode: Literal["fast", "compiled", "eager"] = "eager"
@@ -174,12 +174,12 @@ class ForwardPass:
         """Whether batches of a shape have gone through in the way that runs now."""
         return shape_BPHW in self._shapes_seen
 
-    def __call__(self, images_BPHW: Tensor) -> NetworkOutput:
-        """Run a batch: (B, P, H, W) of any real dtype, on the device."""
-        shape_BPHW = tuple(images_BPHW.shape)
+    def __call__(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
+        """Run a batch of raw counts on the device, see `Preprocess.forward`."""
+        shape_BPHW = tuple(counts_BPHW.shape)
         while True:
             try:
-                output = self._run(images_BPHW)
+                output = self._run(counts_BPHW, bad_bits_BK)
             except TorchDynamoException as error:
                 self._give_up_compiling(error)
             except torch.OutOfMemoryError:
@@ -197,10 +197,11 @@ class ForwardPass:
                 return output
             self._choose()
 
-    def _run(self, images_BPHW: Tensor) -> NetworkOutput:
+    def _run(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None) -> NetworkOutput:
         with stage("preprocess"):
             # Outside of what is compiled, or every dtype of raw counts would be compiled anew.
-            prepared = self._prepare(images_BPHW.to(torch.float32))
+            images_BPHW, valid_BPHW = self._preprocess.widen(counts_BPHW, bad_bits_BK)
+            prepared = self._prepare(images_BPHW, valid_BPHW)
         with stage("network"):
             if self.mode == "fast":
                 # Its dtypes are chosen one by one; autocast would change some of them.
@@ -222,7 +223,7 @@ class ForwardPass:
             self.stride, self.network = 4, cast(Callable[..., Tensor], net.coarse_logits)
         else:
             self.stride, self.network = 1, net.forward
-        self._prepare = self._preprocess.forward
+        self._prepare = self._preprocess.transform
         if compile:
             self._prepare = torch.compile(self._prepare, dynamic=False)
         if self.mode == "compiled":

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from peaknet_predict.forward import ForwardPass, NetworkOutput
 from peaknet_predict.in_flight import PendingPeaks, Ring
 from peaknet_predict.models.weights import load_weights, stored_threshold
-from peaknet_predict.preprocess import Preprocess, Transform
+from peaknet_predict.preprocess import Preprocess, Transform, Validity, read_mask
+from peaknet_predict.preprocess.validity import BadValues
 from peaknet_predict.types import EventBatch, Refusal
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class PeakNetModule(L.LightningModule):
     net
         Maps images (N, 1, H, W) to logits (N, C, H, W); class 0 is background, every other class
         is peak. A network whose ``forward`` also takes ``valid_N1HW`` is told which pixels are
-        real: not padding, and neither NaN nor infinite. A network with a method ``coarse_logits``
+        measurements: neither bad nor padding. A network with a method ``coarse_logits``
         that returns logits (N, 2, H/4, W/4), and the attribute ``coarse_stride`` of 4, is spared
         the bilinear enlargement to full resolution on a GPU: the peak finder interpolates.
         Where its ``check_shape(height, width)`` raises ValueError, the events are refused.
@@ -62,6 +63,19 @@ class PeakNetModule(L.LightningModule):
     random_weights
         Predict although the network's parameters are random, to try something out. Otherwise that
         is an error, for the peaks would be random, too.
+    bad_values
+        Which values mark bad pixels. ``auto``: those of the images' dtype (docs/formats.md), the
+        largest unsigned one, say. ``none``: no finite value. A list: these besides those of
+        ``auto``, such as ``[-1, -2]`` for PILATUS.
+    saturation
+        Counts from which on a pixel is saturated. Its peak is listed all the same, and flagged.
+    mask
+        File with the detector's bad pixels: .npy, .npz, ``FILE.h5:/DATASET``, or a CrystFEL
+        geometry file, whose masks and bad regions count. Masks that come with the events count in
+        any case.
+    mask_good, mask_bad
+        Bits of the mask, as in a geometry file: a pixel is bad if it has any bit of ``mask_bad`` or
+        lacks one of ``mask_good``. Without either any value but 0 is bad.
 
     Attributes
     ----------
@@ -71,9 +85,10 @@ class PeakNetModule(L.LightningModule):
     Raises
     ------
     ValueError
-        If an argument makes no sense, or the weights do not fit the network.
-    FileNotFoundError
-        If there is no such weight file.
+        If an argument makes no sense, the weights do not fit the network, or the mask cannot be
+        understood.
+    OSError
+        If there is no such weight file or mask.
     """
 
     def __init__(
@@ -87,6 +102,11 @@ class PeakNetModule(L.LightningModule):
         weights: str | None = None,
         threshold: float | None = None,
         random_weights: bool = False,
+        bad_values: BadValues = "auto",
+        saturation: float | None = None,
+        mask: str | None = None,
+        mask_good: int | None = None,
+        mask_bad: int | None = None,
     ) -> None:
         super().__init__()
         if num_overlap < 1:
@@ -99,11 +119,15 @@ class PeakNetModule(L.LightningModule):
         if threshold is None and weights is not None:
             threshold = stored_threshold(weights)
         self.threshold = threshold or 0.0
-        self.preprocess = Preprocess(preprocess)
+        if mask is None and (mask_good is not None or mask_bad is not None):
+            raise ValueError("mask_good and mask_bad are bits of a mask: give the mask, too")
+        static = None if mask is None else read_mask(mask, mask_good, mask_bad)
+        self.preprocess = Preprocess(preprocess, Validity(bad_values, static, saturation))
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
         self._forward_pass = ForwardPass(net, self.preprocess, compile, fast)
         self._ring: Ring | None = None
+        self._dtypes_seen: set[torch.dtype] = set()
 
     def check_weights(self) -> None:
         """Raise a ValueError if the network would predict with random parameters unasked."""
@@ -190,6 +214,12 @@ class PeakNetModule(L.LightningModule):
                 for event in batch.events
             ]
             return PendingPeaks(batch, batch.refused + reasons)
+        dtype = batch.images_BPHW.dtype
+        if dtype not in self._dtypes_seen and not warm_up:
+            self._dtypes_seen.add(dtype)
+            contradiction = self.preprocess.validity.contradiction(dtype)
+            if contradiction is not None:
+                log.warning("%s", contradiction)
         if self._ring is None:  # called without a Trainer
             self._ring = self._new_ring()
         with self._first_time(shape_BPHW) if is_new else contextlib.nullcontext():
@@ -198,8 +228,8 @@ class PeakNetModule(L.LightningModule):
     def _new_ring(self) -> Ring:
         return Ring(self.device, self.num_overlap, self._logits, self.preprocess)
 
-    def _logits(self, images_BPHW: Tensor) -> NetworkOutput:
-        return self._forward_pass(images_BPHW).at_threshold(self.threshold)
+    def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
+        return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.threshold)
 
     def _misfit(self, shape_BPHW: tuple[int, ...]) -> str | None:
         """Say why preprocessing or network cannot take events of a shape; None if they can."""

@@ -60,6 +60,25 @@ def find_bad_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return bad
 
 
+MAX_BAD = 0.5
+"""Share of bad pixels beyond which a mask more probably has 1 for good pixels."""
+
+
+def find_masked(
+    values: npt.NDArray[np.integer], good: int | None, bad: int | None
+) -> npt.NDArray[np.bool_]:
+    """Return where a mask's values say that pixels are bad, by CrystFEL's rule.
+
+    A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. Without either any value
+    but 0 is bad, as in CXI and NeXus.
+    """
+    if good is None and bad is None:
+        return np.asarray(values != 0)
+    good, bad = good or 0, bad or 0
+    values = values.astype(np.int64, copy=False)
+    return np.asarray(((values & bad) != 0) | ((values & good) != good))
+
+
 def pack_mask(bad: npt.NDArray[np.bool_]) -> Bits:
     """Return a mask as bits: 8 pixels a byte in memory order, the first in the lowest bit."""
     return np.packbits(bad, axis=None, bitorder="little")

@@ -64,8 +64,8 @@ class PlantedModule(PeakNetModule):
         # Not buffers: bf16-true would round them.
         self._planted = {STRIDE: planted, 1: full}
 
-    def _logits(self, images_BPHW: Tensor) -> NetworkOutput:
-        output = super()._logits(images_BPHW)
+    def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
+        output = super()._logits(counts_BPHW, bad_bits_BK)
         return output._replace(logits_NCHW=self.planted_over(output.logits_NCHW))
 
     def planted_over(self, logits: Tensor) -> Tensor:

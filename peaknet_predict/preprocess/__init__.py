@@ -20,9 +20,10 @@ from peaknet_predict.preprocess.frames import (
     PadToMultiple,
     Patchify,
 )
+from peaknet_predict.preprocess.mask_files import read_mask
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
 from peaknet_predict.preprocess.outliers import find_outliers
-from peaknet_predict.preprocess.validity import Validity, pack_masks
+from peaknet_predict.preprocess.validity import StaticMask, Validity, pack_masks
 
 __all__ = [
     "Crop",
@@ -35,8 +36,10 @@ __all__ = [
     "Prepared",
     "Preprocess",
     "Shape",
+    "StaticMask",
     "Transform",
     "Validity",
     "find_outliers",
     "pack_masks",
+    "read_mask",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peaknet_predict.preprocess.base import Shape, Transform, event_shape
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
-from peaknet_predict.preprocess.outliers import find_outliers
+from peaknet_predict.preprocess.outliers import OutlierReport, find_outliers
 from peaknet_predict.preprocess.validity import Validity
 from peaknet_predict.types import Peaks
 
@@ -57,6 +57,11 @@ class Preprocess(nn.Module):
     validity
         Which pixels are measurements; by default those whose values do not mark bad ones.
 
+    Attributes
+    ----------
+    outlier_report
+        For whoever learns how many outliers an event has.
+
     Raises
     ------
     ValueError
@@ -68,6 +73,7 @@ class Preprocess(nn.Module):
         _check_order(transforms)
         self.validity = Validity() if validity is None else validity
         self.transforms = nn.ModuleList(transforms)
+        self.outlier_report = OutlierReport()
 
     def forward(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> Prepared:
         """Prepare a batch: `widen`, then `transform`.

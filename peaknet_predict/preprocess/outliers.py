@@ -8,6 +8,7 @@ Shape legend: B events, P panels of an event, H rows, W columns, S pixels of a s
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peaknet_predict.preprocess.kernels import triton_steps
+from peaknet_predict.types import EventId
+
+log = logging.getLogger(__name__)
 
 _RANGE = 2.0**22
 """Distances from the median, in units of the typical one, that no detector covers. Photon counters
@@ -31,6 +35,10 @@ _OF_NEIGHBOURS = (1 + 8 / _NEIGHBOURS) / 9
 _MIN_ALONE = 3000.0
 """Lower bound of a lone pixel's distance, in units of the typical one. Below, a sharp spot on a
 photon counter may leave next to nothing in its neighbours."""
+
+_IF_CONSTANT = 1000.0
+"""The typical distance where all pixels are equal: beside such a background any pixel stands
+alone."""
 
 _SAMPLE = 2**14
 """Pixels of each event, about, that stand for all of them."""
@@ -83,7 +91,7 @@ def _spread(images_BPHW: Tensor, valid_BPHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return each event's median and the typical distance from it, both (B, 1, 1, 1).
 
     Typical is the median distance of the pixels that do not equal the median: noise has 0.67
-    standard deviations, sparse photons have one photon. Where all pixels are equal it is 1.
+    standard deviations, sparse photons have one photon.
     """
     # An odd stride does not keep to every other column of an ASIC.
     stride = int(math.sqrt(math.prod(images_BPHW.shape[1:]) / _SAMPLE)) | 1
@@ -96,7 +104,7 @@ def _spread(images_BPHW: Tensor, valid_BPHW: Tensor) -> tuple[Tensor, Tensor]:
     away_BS = torch.where(valid_BS, (sample_BS - median_B1).abs(), torch.inf)
     equal_B1 = (away_BS == 0).sum(1, keepdim=True)
     typical_B1 = _pick(away_BS.sort(1).values, equal_B1 + (count_B1 - equal_B1 - 1) // 2)
-    typical_B1 = torch.where(equal_B1 < count_B1, typical_B1, 1.0)
+    typical_B1 = torch.where(equal_B1 < count_B1, typical_B1, _IF_CONSTANT)
     return median_B1[:, :, None, None], typical_B1[:, :, None, None]
 
 
@@ -104,3 +112,26 @@ def _pick(sorted_BS: Tensor, index_B1: Tensor) -> Tensor:
     """Return one value of each row; 0 for an index before the first, the last for one too high."""
     picked_B1 = sorted_BS.gather(1, index_B1.clamp(0, sorted_BS.shape[1] - 1))
     return torch.where(index_B1 >= 0, picked_B1, 0.0)
+
+
+class OutlierReport:
+    """Says in the log when pixels were left out as outliers: at the first event, the tenth, ..."""
+
+    def __init__(self) -> None:
+        self._events = 0
+        self._next = 1
+
+    def add(self, event: EventId, pixels: int) -> None:
+        """Note an event with so many outliers."""
+        self._events += 1
+        if self._events < self._next:
+            return
+        self._next *= 10
+        log.warning(
+            "event %s: %d pixels are so far from all others that they cannot be measurements, and "
+            "are left out as bad (event number %d with such pixels). If they are always the same, "
+            "put them into a mask, or their value into bad_values",
+            event,
+            pixels,
+            self._events,
+        )

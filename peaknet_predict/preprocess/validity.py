@@ -6,7 +6,7 @@ Shape legend: B events, P panels of an event, H rows, W columns, K bytes of a ma
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,26 @@ _ENDS = {
 _BITS = tuple(range(8))
 
 
+class StaticMask(NamedTuple):
+    """What is known about a detector's pixels beforehand.
+
+    Attributes
+    ----------
+    bad
+        (P, H, W), (H, W) or, of panels stacked into a slab, (P*H, W) bool; True where a pixel is
+        bad in every event.
+    at_least, at_most
+        Counts outside of these bounds are bad, in every pixel.
+    values
+        Counts that are bad, in every pixel.
+    """
+
+    bad: npt.NDArray[np.bool_]
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    values: tuple[float, ...] = ()
+
+
 class Validity(nn.Module):
     """Widens raw counts to float32 and says which of them are measurements.
 
@@ -43,19 +63,24 @@ class Validity(nn.Module):
         ``auto``: the values that mark bad pixels of the images' dtype. ``none``: no finite value
         does. A list: these values (-1 and -2 of PILATUS, say) besides those of ``auto``.
     mask
-        (P, H, W), (H, W) or, of panels stacked into a slab, (P*H, W) bool; True where a pixel is
-        bad in every event.
+        What is known about the detector's pixels.
+    saturation
+        Counts from which on a pixel is saturated. Such pixels are measurements all the same, as for
+        CrystFEL: their peaks are listed, and flagged.
 
     Raises
     ------
     ValueError
-        If ``bad_values`` is something else.
+        If ``bad_values`` is something else, or ``saturation`` is not a positive number.
     """
 
     good_PHW: Tensor | None
 
     def __init__(
-        self, bad_values: BadValues = "auto", mask: npt.NDArray[np.bool_] | None = None
+        self,
+        bad_values: BadValues = "auto",
+        mask: StaticMask | None = None,
+        saturation: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(bad_values, str) and bad_values not in ("auto", "none"):
@@ -63,9 +88,13 @@ class Validity(nn.Module):
         self._listed = [] if isinstance(bad_values, str) else list(bad_values)
         if not all(math.isfinite(value) for value in self._listed):
             raise ValueError("NaN and infinity are always bad: leave them out of bad_values")
+        if saturation is not None and not (math.isfinite(saturation) and saturation > 0):
+            raise ValueError(f"saturation is {saturation}; give the counts of a saturated pixel")
+        self.saturation = saturation
+        self._mask = mask
         self._use_dtype = bad_values != "none"
         # Not persistent: a mask belongs to a detector, not to a network's weights.
-        good = None if mask is None else torch.from_numpy(~np.asarray(mask, dtype=np.bool_))
+        good = None if mask is None else torch.from_numpy(~mask.bad)
         self.register_buffer("good_PHW", good, persistent=False)
 
     def check_shape(self, shape_PHW: Shape) -> None:
@@ -79,6 +108,19 @@ class Validity(nn.Module):
                 f"the mask has the shape {shape}, and the event {shape_PHW}: give a mask of this "
                 f"detector, of the shape {shape_PHW} or {(panels * height, width)}"
             )
+
+    def contradiction(self, dtype: torch.dtype) -> str | None:
+        """Say that images of a dtype mark bad pixels as saturated ones; None if they do not."""
+        if self.saturation is None or not self._use_dtype:
+            return None
+        marks = FLOAT_SENTINELS if dtype.is_floating_point else self.marks(dtype)
+        if self.saturation not in marks:
+            return None
+        return (
+            f"{self.saturation:g} is what saturated pixels read, but in {dtype} it marks bad ones, "
+            "which are left out. If it is a measurement, set bad_values: none, and give a mask for "
+            "the bad pixels"
+        )
 
     def forward(
         self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None
@@ -100,8 +142,14 @@ class Validity(nn.Module):
         """
         images_BPHW = counts_BPHW.to(torch.float32)
         valid_BPHW = self._by_value(counts_BPHW, images_BPHW)
-        if self.good_PHW is not None:
+        if self._mask is not None and self.good_PHW is not None:
             valid_BPHW &= self.good_PHW.view(counts_BPHW.shape[1:])
+            if self._mask.at_least > -math.inf:
+                valid_BPHW &= images_BPHW >= self._mask.at_least
+            if self._mask.at_most < math.inf:
+                valid_BPHW &= images_BPHW <= self._mask.at_most
+            for value in self._mask.values:
+                valid_BPHW &= images_BPHW != value
         if bad_bits_BK is not None:
             valid_BPHW &= ~unpack_masks(bad_bits_BK, counts_BPHW.shape)
         return images_BPHW, valid_BPHW

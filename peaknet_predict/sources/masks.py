@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.pixels import MAX_BAD, find_masked
+
 Mask = npt.NDArray[np.bool_]
 """True where a pixel is bad, of the shape of an image."""
-
-MAX_BAD = 0.5
-"""Share of bad pixels beyond which a mask more probably has 1 for good pixels."""
 
 
 class Bits(NamedTuple):
@@ -26,11 +25,7 @@ class Bits(NamedTuple):
 
     def find_bad(self, values: npt.NDArray[np.integer]) -> Mask:
         """Return where a mask says that pixels are bad."""
-        if self.good is None and self.bad is None:
-            return np.asarray(values != 0)
-        good, bad = self.good or 0, self.bad or 0
-        values = values.astype(np.int64, copy=False)
-        return np.asarray(((values & bad) != 0) | ((values & good) != good))
+        return find_masked(values, self.good, self.bad)
 
     def check_share(self, bad: Mask, where: str) -> None:
         """Raise an error if a mask marks most pixels and the user has not said what bits mean.
