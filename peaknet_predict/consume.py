@@ -91,16 +91,29 @@ def write_cxi(
         owner=results.reader.holder,
         still_ours=results.reader.still_held,
     )
-    report = drain(results.reader, writer, grace_s, group)
+    report = ConsumeReport(cxi=writer.statistics)
     try:
-        writer.account.write_balance(report, {"output": queue_balance(results.admin)})
-    except (OSError, QueueError) as error:
-        log.error("the balance could not be written: %s", error)
-    return report
+        return drain(results.reader, writer, grace_s, group, report)
+    except BaseException as error:
+        report.problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        try:
+            output = queue_balance(results.admin)
+        except QueueError as error:
+            output = {"problem": str(error)}
+        try:
+            writer.account.write_balance(report, {"output": output})
+        except OSError as error:
+            log.error("the balance could not be written: %s", error)
 
 
 def drain(
-    reader: Reader, writer: CxiWriter, grace_s: float = GRACE_S, group: str | None = None
+    reader: Reader,
+    writer: CxiWriter,
+    grace_s: float = GRACE_S,
+    group: str | None = None,
+    report: ConsumeReport | None = None,
 ) -> ConsumeReport:
     """Write everything that comes out of a connected queue until its stream ends.
 
@@ -114,8 +127,11 @@ def drain(
         How long it may take to its end after Ctrl-C or SIGTERM. A second one ends it at once.
     group
         The consumer group, if the reader has joined the stream already.
+    report
+        Where to count, for a caller that wants to know even if this raises.
     """
-    report = ConsumeReport(cxi=writer.statistics)
+    report = report or ConsumeReport(cxi=writer.statistics)
+    report.interrupted = True  # until the end has been seen
     group = group or _new_group()
     ended = cut_off = False
     with stop_requests(grace_s) as stop:

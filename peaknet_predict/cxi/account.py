@@ -45,6 +45,8 @@ class CxiStatistics:
         Written events of which only the strongest `max_peaks` peaks are listed.
     without_energy
         Written events without a photon energy above zero: CrystFEL cannot index them.
+    damaged_records
+        Lines of the run's journals that are damaged: events on them are in no count.
     files
         Finished files, in order.
     """
@@ -57,6 +59,7 @@ class CxiStatistics:
     handed_over: int = 0
     truncated: int = 0
     without_energy: int = 0
+    damaged_records: int = 0
     files: list[Path] = field(default_factory=list)
 
     @property
@@ -82,7 +85,9 @@ class ConsumeReport:
     failures
         Producers that ended their part of the stream early, and why.
     interrupted
-        Whether Ctrl-C or SIGTERM ended it before the stream did.
+        Whether it ended before the stream did: Ctrl-C, SIGTERM, or a problem.
+    problem
+        The error that ended it; None if there was none.
     """
 
     taken: int = 0
@@ -91,6 +96,7 @@ class ConsumeReport:
     cxi: CxiStatistics = field(default_factory=CxiStatistics)
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    problem: str | None = None
 
     @property
     def unaccounted(self) -> int:
@@ -101,8 +107,9 @@ class ConsumeReport:
 
     @property
     def balanced(self) -> bool:
-        """Whether every result taken was written, filtered or refused, by whomever."""
-        return self.unaccounted == 0 and self.given_back == 0
+        """Whether every result taken was written, filtered or refused, and all are on record."""
+        whole = self.cxi.damaged_records == 0
+        return self.unaccounted == 0 and self.given_back == 0 and whole
 
     def __str__(self) -> str:
         text = (
@@ -120,6 +127,8 @@ class ConsumeReport:
             text += f"; other writers of this run filtered {self.cxi.filtered_elsewhere}"
         if self.unaccounted:
             text += f"; LOST {self.unaccounted} that could not be written"
+        if self.cxi.damaged_records:
+            text += f"; {self.cxi.damaged_records} lines of journals are damaged, and not counted"
         if self.cxi.truncated:
             text += f"; {self.cxi.truncated} events had more peaks than a file's lists hold"
         return text
@@ -174,6 +183,7 @@ class RunAccount:
         # What this writer has filtered is on record, too.
         self.statistics.filtered = max(here, _count_filtered(self._directory, journals))
         self.statistics.filtered_elsewhere = self.statistics.filtered - here
+        self.statistics.damaged_records = sum(journal.damaged for journal in journals)
 
     def write_balance(self, report: ConsumeReport, stages: Mapping[str, Any]) -> Path:
         """Write down what became of all that came to this writer, and the balance of its run.
@@ -268,12 +278,14 @@ def _balance_of(directory: CxiDirectory, run: str) -> dict[str, Any]:
             filtered = _count_filtered(directory, [j for j in journals if j.writer == writer])
             balance = asdict(_of_dead(of_writer, filtered))
         _add(together, balance)
+    together.cxi.damaged_records = sum(journal.damaged for journal in journals)
     once = _count_filtered(directory, journals)
     # One event may have been filtered by two writers, if the first died before it could say so.
     together.cxi.duplicates += together.cxi.filtered - once
     together.cxi.filtered = once
     ended = [balance for balance in writers.values() if balance is not None]
     together.interrupted = all(balance["interrupted"] for balance in ended)
+    together.problem = "; ".join(filter(None, (balance["problem"] for balance in ended))) or None
     together.cxi.files.sort()
     return {"files": asdict(together), "writers": writers}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from peaknet_predict.cxi.directory import CxiDirectory, write_error
@@ -64,19 +64,18 @@ class FilePublisher:
         contents = contents_of(rows, self._max_peaks, self._run, self._directory.owner)
         temporary = self._directory.temporary_name()
         try:
-            with open(temporary, "xb+", buffering=0) as raw:
-                write_cxi_file(raw, rows, contents, self._compression)
-                os.fsync(raw.fileno())
-            verify_cxi_file(temporary, rows, contents)
+            with self._errors_of_storage(len(rows)):
+                with open(temporary, "xb+", buffering=0) as raw:
+                    write_cxi_file(raw, rows, contents, self._compression)
+                    os.fsync(raw.fileno())
+                verify_cxi_file(temporary, rows, contents)
             # Asked while the file exists: a writer that takes over later deletes it, and the next
             # step then fails.
             lost = ids.difference(self._still_ours(ids))
             if lost:
                 return lost
-            path = self._directory.publish(temporary, self._summary_of(rows), ids)
-        except (OSError, RuntimeError, MemoryError) as error:
-            stay = f"The {len(rows)} events of the file stay in memory. "
-            raise write_error(self._directory.path, error, stay) from error
+            with self._errors_of_storage(len(rows)):
+                path = self._directory.publish(temporary, self._summary_of(rows), ids)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -102,6 +101,15 @@ class FilePublisher:
         except OSError as error:
             complete = "The CXI files are complete. "
             raise write_error(self._directory.path / LIST_NAME, error, complete) from error
+
+    @contextlib.contextmanager
+    def _errors_of_storage(self, num_events: int) -> Iterator[None]:
+        """Raise what goes wrong in the block as an error that says what to do."""
+        try:
+            yield
+        except (OSError, RuntimeError, MemoryError) as error:  # HDF5 raises all of them
+            stay = f"The {num_events} events of the file stay in memory. "
+            raise write_error(self._directory.path, error, stay) from error
 
     def _summary_of(self, rows: Sequence[CxiRow]) -> CxiSummary:
         panels, height, width = rows[0].kind[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,25 @@ def test_what_cannot_be_recorded_waits_for_another_file(tmp_path: Path, call: st
     first, second = sorted(tmp_path.glob("*.jsonl"))
     assert filtered(first)[:1] == [1]
     assert filtered(second) == [2]
+
+
+def test_filtered_events_wait_for_a_second_or_for_company(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    events = FilteredEvents(Journal(tmp_path, "peaks", "r", "w"))
+    assert not events.due
+    events.add(keys(1)[0])
+    assert not events.due
+    now = 101.0
+    assert events.due
+    assert events.record() == keys(1)
+    for key in keys(*range(255)):
+        events.add(key)
+    assert not events.due
+    events.add(keys(255)[0])
+    assert events.due
 
 
 def test_a_writer_reads_the_journals_of_others(tmp_path: Path) -> None:
