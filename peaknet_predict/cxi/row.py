@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peaknet_predict.cxi.integrate import integrate_peaks
+from peaknet_predict.photon_energy import explain_implausible, is_plausible
 from peaknet_predict.types import EventId, Image, Result, identity_problem
 
 _INT64 = np.iinfo(np.int64)
@@ -93,7 +94,10 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
         raise ValueError(f"cannot write an image of {image.nbytes} bytes to CXI: 4 GiB is too much")
     if not _fits(result.bad_pixels):
         raise ValueError("its number of bad pixels is no integer of 64 bits")
-    float(result.photon_energy)
+    energy = float(result.photon_energy)
+    # Without an energy, 0 or NaN, the peaks are still worth something; a wrong one misleads.
+    if energy > 0 and not is_plausible(energy):
+        raise ValueError(explain_implausible(energy))
     bad = result.bad_mask()
     intensities = integrate_peaks(image, result.peaks, bad, result.saturation)
     height, width = image.shape[-2:]

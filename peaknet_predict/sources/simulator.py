@@ -21,6 +21,7 @@ from peaknet_predict.sources.diffraction import (
     random_rotation,
     wavelength_angstrom,
 )
+from peaknet_predict.sources.energies import check_photon_energy_ev
 from peaknet_predict.sources.gaussian_spots import SPOT_RADIUS_PX, SPOT_SIGMA_PX, GaussianSpots
 from peaknet_predict.types import Image, Peaks
 
@@ -159,10 +160,10 @@ class Simulator(EventSource):
             lambda v: 0.0 < v < np.inf,
             pixel_size_m=pixel_size_m,
             distance_m=distance_m,
-            photon_energy_ev=photon_energy_ev,
             peak_width=peak_width,
             gain_adu_per_photon=gain_adu_per_photon,
         )
+        check_photon_energy_ev(photon_energy_ev)
         _check(
             "0 or more",
             lambda v: 0.0 <= v < np.inf,

@@ -205,6 +205,15 @@ def test_values_that_mark_dead_pixels_are_masked_where_nobody_has_said_which_are
     assert event.saturated.tolist() == [False], "not known"
 
 
+@pytest.mark.parametrize("energy", [9.5, 1.305, 1.5e-15, 5.9e22])
+def test_an_energy_in_another_unit_goes_into_no_file(tmp_path: Path, energy: float) -> None:
+    """Another program's results have not been through the checks of events."""
+    image, peaks = np.zeros((1, 4, 4), np.float32), np.empty((0, 3))
+    result = Result(EventId("s", 0, 0), image, peaks, energy)
+    with CxiWriter(tmp_path) as writer, pytest.raises(ValueError, match="event s:0:0: .*likely"):
+        writer.add(result)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_round_trip(data: st.DataObject) -> None:
@@ -218,7 +227,7 @@ def test_round_trip(data: st.DataObject) -> None:
         last = np.array(shape) - 1
         peaks = data.draw(places) % (last * [1, 7, 7] + 1) / [1, 7, 7]
         identity = EventId(data.draw(st.text("aü/ 1")), data.draw(st.integers(0, 2**40)), idx)
-        energy = data.draw(st.floats(1, 1e6))
+        energy = data.draw(st.just(0.0) | st.floats(100, 200_000))
         results.append(Result(identity, image, peaks, energy, bad_pixels=idx))
     with tempfile.TemporaryDirectory() as directory:
         with CxiWriter(directory) as writer:

@@ -48,7 +48,8 @@ def entry_of(name: str) -> str:
 def find_frames(opened: LinkedFile) -> list[str]:
     """Return the paths of the datasets that hold the frames of a file; several follow each other.
 
-    The CXI format's own path comes first, then the signal of a NeXus file's default plot.
+    The CXI format's own path comes first, then the signal of a NeXus file's default plot or only
+    plot, then the data of the only detector.
 
     Raises
     ------
@@ -59,6 +60,9 @@ def find_frames(opened: LinkedFile) -> list[str]:
         return [CXI_DATA]
     groups = _default_plot(opened) or list(_plots(opened))
     found = [names for group in groups if (names := frames_of_group(opened, group))]
+    if not found:
+        groups = [group for entry in opened.root for group in detectors(opened, entry)]
+        found = [names for group in groups if (names := frames_of_group(opened, group))]
     if len(found) == 1:
         return found[0]
     listed = "; ".join(", ".join(names[:3]) for names in found)

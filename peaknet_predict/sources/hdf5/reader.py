@@ -58,13 +58,13 @@ class Reader:
         self._below: float | None = None
         self.masks = "no mask of bad pixels"
 
-    def check(self, say: bool) -> None:
+    def check(self, with_masks: bool) -> None:
         """Raise an error unless every dataset can be read.
 
         Parameters
         ----------
-        say
-            Log which masks are not used.
+        with_masks
+            Read the masks too, and log which ones are not used.
 
         Raises
         ------
@@ -74,8 +74,9 @@ class Reader:
             If a mask does not fit.
         """
         for part in range(len(self._layout.lengths) if self._bounds is not None else 1):
-            self._open(part)
-        if say:
+            self._open(part, with_masks)
+        self._part = None
+        if with_masks:
             self._name_unused_masks()
 
     def read(self, record: int) -> Image:
@@ -111,7 +112,7 @@ class Reader:
         )
         return image if bad is None else np.ma.MaskedArray(image, bad)
 
-    def _open(self, part: int) -> None:
+    def _open(self, part: int, with_masks: bool = True) -> None:
         """Open the datasets of a part of the events, and their masks."""
         layout, self._part = self._layout, None
         names = (layout.names[part],) if layout.join == "events" else layout.names
@@ -120,7 +121,7 @@ class Reader:
             if frames.shape != layout.stored_shape:
                 raise UnreadableError(f"{name}: its frames have shape {frames.shape} now")
         self._equal, self._below = read_marks(self._opened, names[0], layout.dtype)
-        self._masks = [] if self._mask == "none" else self._open_masks(names)
+        self._masks = self._open_masks(names) if with_masks and self._mask != "none" else []
         self._part = part
 
     def _open_masks(self, names: tuple[str, ...]) -> list[MaskReader | None]:

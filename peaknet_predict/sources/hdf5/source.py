@@ -185,7 +185,8 @@ class Hdf5Source(EventSource):
         with LinkedFile(path, self._allow_external) as opened:
             layout, lost = find_layout(opened, self._request, skip)
             reader = Reader(opened, layout, *self._mask)
-            reader.check(say=not self._files)
+            # Masks of many files would take long to read; those of the others are looked at later.
+            reader.check(with_masks=not self._files)
             num = layout.num_events
             if photon_energy_ev is not None:
                 energies, origin = np.full(num, photon_energy_ev), "photon_energy_ev"
@@ -247,7 +248,7 @@ class Hdf5Source(EventSource):
             raise ValueError(problem)
         first = self._files[0]
         with LinkedFile(first.path, self._allow_external) as opened:
-            Reader(opened, first.layout, *self._mask).check(say=False)
+            Reader(opened, first.layout, *self._mask).check(with_masks=True)
         kinds: dict[str, list[_File]] = {}
         for file in self._files:
             kinds.setdefault(file.kind, []).append(file)
