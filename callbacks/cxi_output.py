@@ -14,6 +14,7 @@ from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.consume import write_cxi
 from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.process.balance import BalanceError
+from peaknet_predict.process.files import expanded
 from peaknet_predict.queues import (
     ClusterTask,
     ProcessLostError,
@@ -60,7 +61,7 @@ class CxiOutput(L.Callback):
         max_peaks: int = 2048,
         compression: Literal["none", "gzip"] = "none",
     ) -> None:
-        self.directory = directory
+        self.directory = str(expanded(directory))
         self.prefix = prefix
         self.events_per_file = events_per_file
         self.min_peaks = min_peaks

@@ -18,6 +18,7 @@ from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.process.balance import BalanceError
+from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import ClusterError, Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.roster import Roster, connect_roster
@@ -99,7 +100,7 @@ class QueueWriter(BasePredictionWriter):
         self.accumulation_steps = accumulation_steps
         self.num_consumers = num_consumers
         self.min_hit_peaks = min_hit_peaks
-        self.balance = balance
+        self.balance = None if balance is None else str(expanded(balance))
         self._run: _Run | None = None
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from peaknet_predict.process.files import expanded
 from peaknet_predict.training.export import export_weights
 
 
@@ -23,7 +24,7 @@ class WeightsExport(L.Callback):
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = str(expanded(path))
         self._exported: tuple[str, float] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.process.balance import queue_balance
+from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests, uninterrupted
 from peaknet_predict.queues import (
     QueueAddress,
@@ -75,6 +76,7 @@ def write_cxi(
     grace_s
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
+    directory = str(expanded(directory))
     connect(address)
     results = connect_queue(queue, "results", resumes=resume)
     warn_of_leftovers(results.admin, queue.name)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from peaknet_predict import __version__
+from peaknet_predict.process.files import expanded
 from peaknet_predict.queues import ClusterError, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import NAMESPACE, connect, token_path
 from peaknet_predict.sources import EventSource
@@ -72,7 +73,7 @@ def doctor(
     elif queues:
         raise ValueError("to look for queues, give the cluster's address too, e.g. --address auto")
     if directory is not None:
-        checks.append(lambda: _check_directory(Path(directory)))
+        checks.append(lambda: _check_directory(expanded(directory)))
     if configs:
         checks.append(lambda: _check_configuration(configs))
     failed = 0

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
+from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect
@@ -110,6 +111,7 @@ def feed(
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
     if not grace_s >= 0:
         raise ValueError(f"grace_s is {grace_s}; give 0 or more seconds")
+    balance = None if balance is None else str(expanded(balance))
     source.check()
     connect(address)
     return push(

@@ -14,7 +14,12 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.output_options import add_output_options, apply_output_options
+from peaknet_predict.output_options import (
+    add_output_options,
+    apply_output_options,
+    listed_callbacks,
+)
+from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
 
@@ -157,6 +162,16 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Train a `PeakNetTraining`, unless a configuration names another class."""
         _default_model(parser, _TRAINING)
+
+    def before_instantiate_classes(self) -> None:
+        """Expand the paths that Lightning takes: it knows ``~``, but no variables."""
+        config = self.config[self.subcommand]
+        for key in ("trainer.default_root_dir", "ckpt_path"):
+            if config.get(key) is not None:
+                config[key] = str(expanded(config[key]))
+        for callback in listed_callbacks(config.trainer.callbacks):
+            if callback.init_args.get("dirpath") is not None:
+                callback.init_args.dirpath = str(expanded(callback.init_args.dirpath))
 
     def before_fit(self) -> None:
         """Refuse a model that can only predict."""

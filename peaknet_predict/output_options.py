@@ -60,7 +60,7 @@ def apply_output_options(
     ValueError
         If not exactly one of the callbacks takes an option.
     """
-    listed = [callbacks] if isinstance(callbacks, Namespace) else list(callbacks or ())
+    listed = listed_callbacks(callbacks)
     for option, value in vars(output).items():
         if value is None:
             continue
@@ -79,6 +79,11 @@ def apply_output_options(
                 arguments.queue[key] = one
         else:
             arguments[option] = value
+
+
+def listed_callbacks(callbacks: Iterable[Namespace] | Namespace | None) -> list[Namespace]:
+    """Return the callbacks of a configuration, which may be a list, only one, or none."""
+    return [callbacks] if isinstance(callbacks, Namespace) else list(callbacks or ())
 
 
 def _takes(class_path: str, option: str) -> bool:

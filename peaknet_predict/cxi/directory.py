@@ -14,7 +14,7 @@ from pathlib import Path
 from peaknet_predict.cxi.file import CxiSummary, read_summary
 from peaknet_predict.cxi.journal import JournalContents, read_journal
 from peaknet_predict.keys import KeySet
-from peaknet_predict.process.files import sync_directory
+from peaknet_predict.process.files import expanded, sync_directory
 from peaknet_predict.types import ANYONE, EventId
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class CxiDirectory:
 
     def __init__(self, path: str | Path, prefix: str, owner: str | None, create: bool) -> None:
         # Resolved, so that the list stays right when the reader works in another directory.
-        self.path = Path(path).resolve()
+        self.path = expanded(path).resolve()
         self.prefix = prefix
         self.owner = owner or f"{os.getpid()}-{secrets.token_hex(4)}"
         self.known, self.filtered = KeySet(), KeySet()

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peaknet_predict.process.files import expanded
+
 _log = logging.getLogger(__name__)
 
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
@@ -66,7 +68,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         If the file is of another kind, damaged, or holds more than plain tensors; or if a tensor is
         missing, unexpected, of the wrong shape or not finite. The model is then unchanged.
     """
-    path = _found(Path(path))
+    path = _found(expanded(path))
     own = model.state_dict()
     tensors = _strip_prefixes(_read(path), own, path)
     tensors = _in_own_names(tensors, own, getattr(model, "weight_aliases", {}))
@@ -97,7 +99,7 @@ def stored_threshold(path: str | Path) -> float | None:
     ValueError
         If what the file says is no number.
     """
-    path = _found(Path(path))
+    path = _found(expanded(path))
     if path.suffix != ".safetensors":
         return None
     with safe_open(path, "pt") as file:

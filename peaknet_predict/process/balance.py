@@ -11,7 +11,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from peaknet_predict.process.files import write_whole
+from peaknet_predict.process.files import expanded, write_whole
 
 EXIT_FAILED = 1
 """A command could not do its work; the last line of the log says why."""
@@ -41,7 +41,7 @@ def queue_balance(admin: Any) -> dict[str, Any]:
 
 def path_of_rank(path: str | Path, rank: int) -> Path:
     """Return where a rank writes its record: rank 0 under the given name, others beside it."""
-    path = Path(path)
+    path = expanded(path)
     return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
 
 
@@ -58,7 +58,7 @@ def write_balance(path: str | Path, balance: Mapping[str, Any], keep_earlier: bo
         Whether a record that is there, an earlier run's, stays under a name with its time in it,
         such as ``predict_balance_20261128T100336.json``.
     """
-    path = Path(path)
+    path = expanded(path)
     text = json.dumps(balance, indent=2, default=_plain) + "\n"
     if keep_earlier:
         with contextlib.suppress(FileNotFoundError):

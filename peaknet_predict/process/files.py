@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,36 @@ class FileSystem(Protocol):
 
     def stat(self, path: str) -> Any:
         """Return at least ``st_size`` and ``st_mode``."""
+
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` put in, as a shell does it.
+
+    Every path that a user names goes through this, in the process that was given it: the value of a
+    configuration or of a quoted option has not been through a shell.
+
+    Raises
+    ------
+    ValueError
+        If a variable is not set, or there is no such user. Taken literally, the path would make
+        directories of these names.
+    """
+    text = os.fspath(path)
+    whole = os.path.expandvars(os.path.expanduser(text))
+    if (variable := _VARIABLE.search(whole)) is not None:
+        raise ValueError(
+            f"the path {text!r} names {variable[0]}, and this environment has no such variable: "
+            "set it, or write the path out"
+        )
+    if whole.startswith("~"):
+        raise ValueError(
+            f"the path {text!r} names the home directory of a user who is not known here: write "
+            "the path out, or put ./ before a name that does begin with ~"
+        )
+    return Path(whole)
 
 
 def write_whole(

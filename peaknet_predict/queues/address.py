@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from peaknet_predict.process.files import expanded
 from peaknet_predict.queues.cluster import NAMESPACE
 
 
@@ -78,6 +79,10 @@ class QueueAddress:
                     f"queue {self.name!r}: {setting} must be a positive number of seconds, not "
                     f"{seconds}"
                 )
+        # Here and not where the queue is made: a wrong path is refused before anything starts.
+        object.__setattr__(self, "quarantine", str(expanded(self.quarantine)))
+        if self.spool is not None:
+            object.__setattr__(self, "spool", str(expanded(self.spool)))
         if self.quarantine_bytes < 0:
             raise ValueError(
                 f"queue {self.name!r}: quarantine_bytes must be 0 or more, not "

@@ -23,6 +23,7 @@ import numpy as np
 
 from peaknet_predict.process.files import (
     FileSystem,
+    expanded,
     make_private_directory,
     read_all,
     sync_directory,
@@ -88,7 +89,7 @@ class Quarantine:
         self, directory: str | Path, max_bytes: int, queue: str = "", fs: FileSystem = os
     ) -> None:
         # Resolved, so that it does not matter whose working directory it is.
-        self.directory = Path(directory).resolve()
+        self.directory = expanded(directory).resolve()
         self.problem: str | None = None
         self._max_bytes = max_bytes
         self._queue = queue
@@ -321,7 +322,7 @@ def read_index(directory: str | Path, fs: FileSystem = os) -> list[dict[str, Any
     A line that was being written when a machine lost its power is left out: its event was not
     quarantined, and is in the queue again.
     """
-    path = Path(directory) / INDEX_NAME
+    path = expanded(directory) / INDEX_NAME
     try:
         content = read_all(path, fs)
     except FileNotFoundError:

@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from peaknet_predict.keys import KeySet
-from peaknet_predict.process.files import FileSystem, make_private_directory, sync_directory
+from peaknet_predict.process.files import (
+    FileSystem,
+    expanded,
+    make_private_directory,
+    sync_directory,
+)
 from peaknet_predict.queues.codec import Buffer, encode
 from peaknet_predict.queues.frames import Kind, write_frame
 from peaknet_predict.queues.records import Entry
@@ -65,7 +70,7 @@ class Spool:
     def __init__(
         self, directory: str | Path, segment_bytes: int = _SEGMENT_BYTES, fs: FileSystem = os
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = expanded(directory)
         self._segment_bytes = segment_bytes
         self._fs = fs
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peaknet_predict.process.files import expanded
 from peaknet_predict.types import Image
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
     ValueError
         If the list is empty or names a file twice.
     """
-    patterns = [path] if isinstance(path, str) else list(path)
+    patterns = [str(expanded(one)) for one in ([path] if isinstance(path, str) else path)]
     if not patterns:
         raise ValueError("path is an empty list: name at least one file or glob pattern")
     files: list[Path] = []

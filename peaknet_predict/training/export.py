@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peaknet_predict import __version__
 from peaknet_predict.models.weights import METADATA
-from peaknet_predict.process.files import write_whole
+from peaknet_predict.process.files import expanded, write_whole
 from peaknet_predict.training.metrics import OPERATING_POINT
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
         If the file is no checkpoint of such a run, or `path` has another suffix; or if a weight is
         not finite or too large for float16.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors; give the path that suffix")
-    content = _read(Path(checkpoint))
+    content = _read(expanded(checkpoint))
     tensors = {
         name.removeprefix(_NETWORK): tensor.detach().cpu()
         for name, tensor in content["state_dict"].items()
