@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.queues.address import QueueAddress
-from peaknet_predict.queues.clock import RunningClock
+from peaknet_predict.queues.clock import RunningClock, Ticker
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.group_commit import GroupCommit
 from peaknet_predict.queues.quarantine import Quarantine
@@ -21,8 +20,6 @@ from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.queues.wire import event_to_item, results_to_item
 from peaknet_predict.types import Event, Result
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -101,7 +98,12 @@ class QueueActor:
         self._readers = WaitingCalls[Delivery](self._serve)
         self._linger = Linger(LINGER_S, self._serve)
         self._commit = GroupCommit(self._spool)
-        self._ticker: asyncio.Task[None] | None = None
+        self._ticker = Ticker(
+            self._tick_s,
+            lambda: self._change(self._state.tick),
+            lambda: self._change(lambda: self._state.settlements.confirm(self._quarantine.retry())),
+            self._commit.tidy,
+        )
 
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
@@ -173,8 +175,7 @@ class QueueActor:
 
     async def join(self, group: str, resumes: bool) -> str:
         """Note a consumer group; return the name of the stream that it reads."""
-        self._change(lambda: self._state.streams.join(group, resumes))
-        return self._state.streams.name_for(group)
+        return self._change(lambda: self._state.streams.join(group, resumes))
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
         """Lease records as soon as there are any; or say the end; or nothing, after a while.
@@ -245,9 +246,8 @@ class QueueActor:
 
     def _change(self, act: Callable[[], T]) -> T:
         """Do what may change the state, and answer the calls that have waited for that."""
-        if self._ticker is None:
-            # Here, because after a restart nobody makes the queue's acquaintance again.
-            self._ticker = asyncio.create_task(self._tick())
+        # Here, because no one call must be the first one after a restart.
+        self._ticker.start()
         try:
             return act()
         finally:
@@ -268,14 +268,3 @@ class QueueActor:
             # What readers have taken leaves room.
             if not self._readers.serve(is_worth_trying):
                 return
-
-    async def _tick(self) -> None:
-        """Look at the clock while nobody calls, and retry what could not be written."""
-        while True:
-            await asyncio.sleep(self._tick_s)
-            try:
-                self._change(self._state.tick)
-                self._change(lambda: self._state.settlements.confirm(self._quarantine.retry()))
-                await self._commit.tidy()
-            except Exception:
-                log.exception("the queue's clock")

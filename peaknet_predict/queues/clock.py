@@ -1,9 +1,13 @@
-"""A clock that stands still while its process does."""
+"""Time in the queue's process: a clock that stands still while the process does, and its tick."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
 
 
 class RunningClock:
@@ -33,3 +37,37 @@ class RunningClock:
         self._elapsed_s += min(now - self._read_at, self._longest_gap_s)
         self._read_at = now
         return self._elapsed_s
+
+
+class Ticker:
+    """Does some work again and again, while nobody calls.
+
+    Parameters
+    ----------
+    interval_s
+        Seconds between two rounds.
+    work
+        Called in each round, one after another; what one of them raises goes into the log and stops
+        no other.
+    """
+
+    def __init__(self, interval_s: float, *work: Callable[[], Awaitable[None] | None]) -> None:
+        self._interval_s = interval_s
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start, once there is an event loop; not a second time."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            for work in self._work:
+                try:
+                    pending = work()
+                    if pending is not None:
+                        await pending
+                except Exception:
+                    log.exception("a queue's regular work")

@@ -174,13 +174,13 @@ class StreamBook:
         self.foreign.close()
         self._save()
 
-    def join(self, group: str, resumes: bool) -> None:
-        """Note a consumer group. One that resumes does not wait for another stream."""
+    def join(self, group: str, resumes: bool) -> str:
+        """Note a consumer group; return a name of the stream it reads, which no other stream has.
+
+        A group that resumes does not wait for another stream.
+        """
         if self.groups.join(group, self.drained, resumes):
             self._save()
-
-    def name_for(self, group: str) -> str:
-        """Return a name of the stream that a group reads; no other stream has it."""
         return f"{self.uid}.{self.groups.generation_of(group)}"
 
     def end_for(self, group: str) -> bool:

@@ -152,8 +152,7 @@ class MemoryReader:
         return len(self._held)
 
     def join(self, group: str) -> str:
-        self._queue.step(lambda state: state.streams.join(group, self._resumes))
-        return self._queue.step(lambda state: state.streams.name_for(group))
+        return self._queue.step(lambda state: state.streams.join(group, self._resumes))
 
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         sequence = next(self._sequence)

@@ -57,8 +57,8 @@ class StateReader:
     @_one_at_a_time
     def join(self, group: str) -> str:
         """Join a stream as a consumer group."""
-        self._state.streams.join(group, self._resumes)
-        return self._state.streams.name_for(group)
+        name: str = self._state.streams.join(group, self._resumes)
+        return name
 
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
         """Lease up to ``max_records``, without waiting for them."""

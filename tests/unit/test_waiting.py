@@ -21,6 +21,7 @@ import pytest
 from peaknet_predict.queues import actor as actor_module
 from peaknet_predict.queues.actor import QueueActor
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.clock import Ticker
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.types import Event, EventId
 
@@ -35,7 +36,7 @@ def event(idx: int, producer: int = 0) -> Event:
 def make(tmp_path: Path) -> Callable[..., QueueActor]:
     def make(cls: type[QueueActor] = QueueActor, **settings: Any) -> QueueActor:
         actor = cls("events", QueueAddress("q", quarantine=str(tmp_path / "bad"), **settings))
-        actor._ticker = ...  # type: ignore[assignment] # it never looks at the clock by itself
+        actor._ticker = Ticker(MINUTES)  # it never looks at the clock by itself
         actor._state._clock = time.monotonic  # nor does it take that for a pause of its own
         return actor
 
