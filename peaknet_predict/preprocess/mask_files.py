@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from peaknet_predict.pixels import MAX_BAD, find_masked
 from peaknet_predict.preprocess.crystfel_geometry import read_geometry_mask
 from peaknet_predict.preprocess.validity import StaticMask
+from peaknet_predict.process.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def read_mask(name: str, good: int | None = None, bad: int | None = None) -> Sta
     name
         A file of NumPy's (.npy; .npz with one array, or one named ``mask``), an HDF5 file and the
         dataset in it (``detector.h5:/entry_1/data_1/mask``), or a CrystFEL geometry file (.geom).
-        ``~`` and ``$VARIABLES`` are expanded.
+        ``~`` and ``$VARIABLES`` are put in.
     good, bad
         Bits, as in a geometry file: a pixel is bad if it has any bit of ``bad`` or lacks one of
         ``good``. Without either any value but 0 is bad. A geometry file has bits of its own.
@@ -41,7 +41,7 @@ def read_mask(name: str, good: int | None = None, bad: int | None = None) -> Sta
     OSError
         If it cannot be read.
     """
-    file, dataset = _split(os.path.expandvars(os.path.expanduser(name)))
+    file, dataset = _split(str(expanded(name)))
     if file.suffix == ".geom":
         if good is not None or bad is not None:
             raise ValueError(f"{file} has bits of its own: leave out mask_good and mask_bad")
