@@ -9,13 +9,18 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peaknet_predict.batching import Batcher
+from peaknet_predict.models import LocalSnr
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.pixels import unpack_mask
 from peaknet_predict.sources import Hdf5Source, NpzSource
 from peaknet_predict.sources.base import EventSource
 from peaknet_predict.types import Event, EventId
+from tests.helpers.prediction import chain
 
 CXI = "entry_1/data_1"
 Array = npt.NDArray[Any]
@@ -225,3 +230,30 @@ def test_unreadable_npz_files_are_left_out_only_on_request(tmp_path: Path) -> No
     (tmp_path / "0.npz").unlink()
     with pytest.raises(ValueError, match=r"1 of 2 files are not there on .*0\.npz"):
         source.check()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "uint16", "int32"])
+@pytest.mark.parametrize("place", [f"{CXI}/mask", "entry_1/instrument/detector/pixel_mask"])
+def test_no_peak_lies_on_masked_pixels_and_none_is_lost(
+    tmp_path: Path, dtype: str, place: str
+) -> None:
+    """From the file to the list of peaks, without any option."""
+    rng = np.random.default_rng(1)
+    image = rng.poisson(5, (192, 256)).astype(dtype)
+    mask = np.zeros(image.shape, np.uint16)
+    spots = [(y, x) for y in range(12, 180, 24) for x in range(12, 244, 24)]
+    good, bad = spots[::2], spots[1::2]
+    for y, x in spots:
+        image[y - 1 : y + 2, x - 1 : x + 2] += 300
+    for y, x in bad:
+        mask[y - 1 : y + 2, x - 1 : x + 2] = 1
+    path = write(tmp_path, {f"{CXI}/data": image[None], place: mask})
+    ((_, read, energy),) = Hdf5Source(path, photon_energy_ev=9500.0).events()
+    module = PeakNetModule(LocalSnr(), chain()).eval()
+    batcher = Batcher(1)
+    assert not list(batcher.add([Event(EventId("s", 0, 0), read, energy)]))
+    with torch.inference_mode():
+        (result,) = module.predict_step(batcher.take(), 0).result().results
+    found = {(round(y), round(x)) for _, y, x in result.peaks}
+    assert found == set(good)
+    np.testing.assert_array_equal(result.image, image)
