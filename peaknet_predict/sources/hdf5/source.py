@@ -198,7 +198,7 @@ class Hdf5Source(EventSource):
             self.skipped += lost
             if opened.root.swmr_mode:
                 logger.warning(
-                    "%s is still being written; read are the %d events so far", path, num
+                    "%s is still being written; this run reads the %d events it has now", path, num
                 )
 
     def _check_files(self, paths: list[Path], linked: dict[Path, Path]) -> None:

@@ -69,6 +69,9 @@ class Storage:
                 for mapping in dataset.virtual_sources()
                 for slab in _slabs(mapping.vspace, dataset.shape)
             ]
+            problems = [source.problem for source in self._sources]
+            if problems and None not in problems:
+                raise UnreadableError(f"none of its sources can be read: {problems[0]}")
             chunks = [source.events_per_chunk for source in self._sources]
             self.events_per_chunk = max(chunks, default=1)
         elif dataset.chunks is not None:
@@ -159,7 +162,7 @@ class _Source:
         self._shape = dataset.shape
         self._axis = axis
         self._name = f"{where}: its source {mapping.dset_name} in {mapping.file_name}"
-        self._problem: str | None = None
+        self.problem: str | None = None
         self._path: Path | None = None
         self._storage: Storage | None = None
         self._source_slab: _Slab | None = None
@@ -169,7 +172,7 @@ class _Source:
         try:
             self._open(opened, mapping, dataset, nesting)
         except UnreadableError as error:
-            self._problem = f"{self._name} cannot be read: {error}"
+            self.problem = f"{self._name} cannot be read: {error}"
 
     def _open(self, opened: LinkedFile, mapping: Any, dataset: h5py.Dataset, nesting: int) -> None:
         file = dataset.file
@@ -221,8 +224,8 @@ class _Source:
 
     def why_missing(self, record: int) -> str | None:
         """Say why its part of a frame is not there; None if it is."""
-        if self._problem is not None:
-            return self._problem
+        if self.problem is not None:
+            return self.problem
         if self._path is not None and not os.path.exists(self._path):
             return f"{self._name} cannot be read: {self._path} is not there any more"
         if self._storage is None:
