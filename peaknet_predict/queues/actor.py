@@ -171,7 +171,7 @@ class QueueActor:
         problem = await self._commit.wait()
         if problem is not None:
             return 0, problem  # it has them, but may lose them: they are to be put again
-        return taken, self._state.problem or self._quarantine.problem
+        return taken, self._state.intake.problem or self._quarantine.problem
 
     async def join(self, group: str, resumes: bool) -> str:
         """Note a consumer group; return the name of the stream that it reads."""

@@ -12,6 +12,7 @@ from typing import Any
 from peaknet_predict.keys import KeySet
 from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.dispatch import Delivery, next_records
+from peaknet_predict.queues.intake import Intake
 from peaknet_predict.queues.journal import Journal
 from peaknet_predict.queues.leases import LeaseBook
 from peaknet_predict.queues.ready import ReadyLines
@@ -40,9 +41,6 @@ class QueueState:
     disk, and in one of these states only. A put of a key that was accepted before is a success that
     changes nothing. A lease ends with the acknowledgement, or the record is ready again. The end of
     the stream is a state: all producers have closed it, and every record has been settled.
-
-    A record that has cost two readers may be a poison message: it is handed out alone, so that no
-    other record is blamed for it. After ``max_losses`` it is quarantined.
 
     Parameters
     ----------
@@ -88,10 +86,9 @@ class QueueState:
         self.leases = LeaseBook(lease_s, first_token)
         self.ready = ReadyLines(max_events, max_bytes)
         self.settlements = Settlements(self.ready, max_losses, quarantine, journal)
+        self.intake = Intake(self.ready, self.settlements, journal)
         self.accepted = self.acknowledged = self.duplicates = 0
-        self.problem: str | None = None  # why nothing is accepted although there is room
         self._clock = clock
-        self._journal = journal
 
     def __len__(self) -> int:
         return len(self.ready)
@@ -155,15 +152,12 @@ class QueueState:
 
         Parameters
         ----------
-        group
-            The consumer group that reads; it is told the end once.
-        holder
-            Names the process that reads: it is what must be heard of.
+        group, holder
+            The consumer group that reads, and the process: it is what must be heard of.
         sequence
             A number that grows from request to request of a holder. If it repeats, the answer does.
         resumes
-            Whether the group takes the place of one that died: a stream that others have read to
-            its end meanwhile is then its end.
+            As for `connect_queue`.
         """
         self.tick()
         self.leases.hear(holder, self._clock())
@@ -282,22 +276,10 @@ class QueueState:
         return _statistics_of(self)
 
     def _accept(self, entry: Entry) -> bool:
-        if not self.ready.has_room(entry.nbytes):
+        if not self.intake.accept(entry):
             return False
-        if self._journal is not None:
-            try:
-                self._journal.put(entry)
-            except OSError as error:
-                # As if it were full: the producer waits, and is told why.
-                self.problem = f"the spool cannot be written: {error}"
-                return False
-            self.problem = None
         self.keys.add(entry.id)
         self.accepted += 1
-        if entry.reason is None:
-            self.ready.append(entry)
-        else:
-            self.settlements.reject(entry, entry.reason)
         return True
 
 
@@ -318,5 +300,5 @@ def _statistics_of(state: QueueState) -> QueueStatistics:
         failures=dict(state.streams.failures),
         quarantine=list(state.settlements.reasons),
         ended=state.streams.ended,
-        problem=state.problem,
+        problem=state.intake.problem,
     )
