@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from peaknet_predict.cxi.frames import index_of_event, open_cxi, panels_in, read_peak_list
 from peaknet_predict.cxi.layout import (
-    COLUMNS,
     DATA,
     ENERGY_EV,
     MASK,
@@ -26,7 +26,6 @@ from peaknet_predict.cxi.layout import (
     PEAKS,
     Contents,
     mask_of,
-    open_cxi,
     shared_mask,
 )
 from peaknet_predict.cxi.row import CxiRow
@@ -242,16 +241,15 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
         energy_eV = file[ENERGY_EV][:]
         streams = own["stream"].asstr()[:]
         for i in range(len(data)):
-            count = int(result["nPeaks"][i])
-            x, slab_y, intensity = (result[name][i, :count] for name in COLUMNS[:3])
+            x, slab_y = read_peak_list(result, i)
             panel = np.rint(slab_y) // shape_PHW[1]
             yield CxiEvent(
                 id=EventId(str(streams[i]), int(own["rank"][i]), int(own["idx"][i])),
                 image=data[i].reshape(shape_PHW),
-                mask=mask[i if mask.ndim == 3 else ()].reshape(shape_PHW) != 0,
+                mask=mask[index_of_event(mask, data, i)].reshape(shape_PHW) != 0,
                 peaks=np.stack([panel, slab_y - panel * shape_PHW[1], x], axis=1),
-                intensity=intensity,
-                saturated=own["peakSaturated"][i, :count] != 0,
+                intensity=result["peakTotalIntensity"][i, : len(x)],
+                saturated=own["peakSaturated"][i, : len(x)] != 0,
                 photon_energy=float(energy_eV[i]),
                 num_peaks_found=int(own["numPeaksFound"][i]),
                 truncated=bool(own["truncated"][i]),
@@ -261,5 +259,5 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
 
 def _shape_of(data: Any) -> tuple[int, int, int]:
     """Return the shape of the events in a dataset of slabs."""
-    panels = int(data.parent.attrs["panels"])
+    panels = panels_in(data)
     return panels, data.shape[1] // panels, data.shape[2]

@@ -26,10 +26,8 @@ Shape legend: N events of a file, P panels, H rows and W columns of a panel, M p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -123,11 +121,3 @@ def mask_of(row: CxiRow) -> npt.NDArray[np.uint32]:
     if row.bad is None:
         return np.zeros(row.slab.shape, dtype=np.uint32)
     return row.bad.astype(np.uint32)
-
-
-def open_cxi(path: str | Path) -> Any:
-    """Open a finished file for reading; without a lock, which some file systems do not have.
-
-    A file is complete before it gets its name, and never changes behind it.
-    """
-    return h5py.File(path, "r", locking=False)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peaknet_predict.cxi.layout import DATA, MASK, Contents, mask_of, open_cxi, shared_mask
+from peaknet_predict.cxi.frames import open_cxi
+from peaknet_predict.cxi.layout import DATA, MASK, Contents, mask_of, shared_mask
 from peaknet_predict.cxi.row import CxiRow
 from peaknet_predict.types import Image
 

@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-_LISTS = ("nPeaks", "peakXPosRaw", "peakYPosRaw")
+from peaknet_predict.cxi.frames import (
+    PEAK_LISTS,
+    index_of_event,
+    mask_beside,
+    open_cxi,
+    panels_in,
+    read_peak_list,
+)
+
 _BEYOND_PX = 5.0
 """Distance outside of a crop up to which a peak may reach into it, pixels."""
 
@@ -23,13 +31,12 @@ _BEYOND_PX = 5.0
 class CxiFile:
     """One file: names of its datasets, and the shape of its events.
 
-    `mask` is None where there is none; `lists` is the group of the peak lists.
+    `lists` is the group of the peak lists.
     """
 
     path: Path
     data: str
     lists: str
-    mask: str | None
     num_events: int
     panels: int
     height: int
@@ -88,7 +95,7 @@ class FrameCrops(Dataset[FrameCrop]):
     def _crop(self, which: int, row: int, rng: np.random.Generator) -> FrameCrop:
         file = self._files[which]
         if which not in self._open:
-            self._open[which] = h5py.File(file.path, "r")
+            self._open[which] = open_cxi(file.path)
         h5 = self._open[which]
         panel = int(rng.integers(file.panels))
         height, width = min(self._size[0], file.height), min(self._size[1], file.width)
@@ -97,17 +104,15 @@ class FrameCrops(Dataset[FrameCrop]):
         pixels = np.full(self._size, np.nan, dtype=np.float32)
         place = panel, slice(top, top + height), slice(left, left + width)
         good = np.ones((height, width), dtype=np.bool_)
-        if file.mask is not None:
-            mask = h5[file.mask]
-            frames_of_events = mask.ndim == h5[file.data].ndim
-            good = _part(mask, row if frames_of_events else None, file, *place) == 0
-        values = _part(h5[file.data], row, file, *place)
+        frames = h5[file.data]
+        mask = mask_beside(frames)
+        if mask is not None:
+            good = _part(mask, index_of_event(mask, frames, row), file, *place) == 0
+        values = _part(frames, (row,), file, *place)
         pixels[:height, :width] = np.where(good, values.astype(np.float32), np.nan)
 
-        lists = h5[file.lists]
-        count = int(lists["nPeaks"][row])
-        x, stacked_y = (lists[name][row, :count].astype(np.float64) for name in _LISTS[1:])
-        y = stacked_y - panel * file.height
+        x, slab_y = read_peak_list(h5[file.lists], row)
+        y = slab_y - panel * file.height
         on_panel = (y > -0.5) & (y < file.height - 0.5)
         y, x = y - top, x - left
         near = on_panel & (y > -_BEYOND_PX) & (y < height + _BEYOND_PX)
@@ -116,10 +121,14 @@ class FrameCrops(Dataset[FrameCrop]):
 
 
 def _part(
-    dataset: Any, row: int | None, file: CxiFile, panel: int, rows: slice, columns: slice
+    dataset: Any,
+    event: tuple[int, ...],
+    file: CxiFile,
+    panel: int,
+    rows: slice,
+    columns: slice,
 ) -> npt.NDArray[Any]:
     """Read a part of one panel, of a stack or of an array with a dimension for panels."""
-    event = () if row is None else (row,)
     if dataset.ndim - len(event) == 3:
         return np.asarray(dataset[(*event, panel, rows, columns)])
     first = panel * file.height
@@ -129,12 +138,12 @@ def _part(
 def inspect_file(path: Path, data: str, peaks: str, panel_height: int | None) -> CxiFile:
     """Return what a file holds; parameters and errors as for `CxiShots`."""
     try:
-        h5 = h5py.File(path, "r")
+        h5 = open_cxi(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened as HDF5: {error}") from error
     with h5:
         frames = h5.get(data)
-        lists = {name: h5.get(f"{peaks}/{name}") for name in _LISTS}
+        lists = {name: h5.get(f"{peaks}/{name}") for name in PEAK_LISTS}
         missing = [f"{peaks}/{name}" for name, found in lists.items() if found is None]
         if not isinstance(frames, h5py.Dataset) or missing:
             lacking = ", ".join([] if frames is not None else [data]) or ", ".join(missing)
@@ -148,29 +157,23 @@ def inspect_file(path: Path, data: str, peaks: str, panel_height: int | None) ->
                 f"{path}: {data} has shape {frames.shape} and dtype {frames.dtype}; expected real "
                 "numbers (N, rows, columns) or (N, P, H, W)"
             )
-        if any(lists[name].shape[:1] != (num_events,) for name in _LISTS):
-            shapes = ", ".join(f"{name} {lists[name].shape}" for name in _LISTS)
+        if any(lists[name].shape[:1] != (num_events,) for name in PEAK_LISTS):
+            shapes = ", ".join(f"{name} {lists[name].shape}" for name in PEAK_LISTS)
             raise ValueError(f"{path}: {num_events} frames, but peak lists of shape {shapes}")
         if frames.ndim == 4:
             panels, height = int(frames.shape[1]), int(frames.shape[2])
         else:
             rows = int(frames.shape[1])
-            panels = int(frames.parent.attrs.get("panels", 1))
-            height = panel_height or rows // panels
+            height = panel_height or rows // panels_in(frames)
             if rows % height:
                 raise ValueError(
                     f"{path}: the {rows} rows of {data} are not a multiple of panel_height={height}"
                 )
             panels = rows // height
-        mask = f"{data.rpartition('/')[0]}/mask"
-        has_mask = isinstance(h5.get(mask), h5py.Dataset)
-        width = int(frames.shape[-1])
-        return CxiFile(
-            path, data, peaks, mask if has_mask else None, num_events, panels, height, width
-        )
+        return CxiFile(path, data, peaks, num_events, panels, height, int(frames.shape[-1]))
 
 
 def num_peaks(file: CxiFile) -> int:
     """Return how many peaks a file lists."""
-    with h5py.File(file.path, "r") as h5:
+    with open_cxi(file.path) as h5:
         return int(np.sum(h5[file.lists]["nPeaks"][()]))
