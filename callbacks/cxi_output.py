@@ -131,8 +131,10 @@ class CxiOutput(L.Callback):
 
     def _start(self, writer: QueueWriter, again: bool = False) -> ClusterTask:
         """Start a consumer; ``again`` if an earlier one may have read the stream to its end."""
-        # One that resumes wants its directory to be there, but the earlier one may not have begun.
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        if again:
+            # One that resumes wants its directory to be there, and the earlier one need not have
+            # come to make it.
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
         return run_in_cluster(
             write_cxi,
             writer.queue_address,

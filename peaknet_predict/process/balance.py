@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ class BalanceError(RuntimeError):
 
 class SurvivedError(RuntimeError):
     """Every event is accounted for, but a process of the run died or failed."""
+
+
+def exit_code_of_ranks(codes: Sequence[int]) -> int:
+    """Return the exit code of a run from those of its ranks; below 0 are signals.
+
+    A rank that says that every event is accounted for knows it of all of them.
+    """
+    if not any(codes):
+        return 0
+    if any(code in (0, EXIT_SURVIVED) for code in codes):
+        return EXIT_SURVIVED
+    return EXIT_INCOMPLETE if EXIT_INCOMPLETE in codes else EXIT_FAILED
 
 
 def queue_balance(admin: Any) -> dict[str, Any]:

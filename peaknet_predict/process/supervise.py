@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from peaknet_predict.process.balance import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_SURVIVED
+from peaknet_predict.process.balance import EXIT_INCOMPLETE, EXIT_SURVIVED, exit_code_of_ranks
 from peaknet_predict.process.stopping import stop_requests
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ _STARTED = "PEAKNET_PREDICT_STARTED"
 _SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
 """In a rank's environment: the process that must be its parent."""
 
+# -P: a file in the working directory must not take the place of a library.
+_COMMAND = (sys.executable, "-P", "-m", "peaknet_predict")
 _LOOK_S = 0.2
 _MARGIN_S = 15.0  # beyond the grace, before ranks that do not end are killed
 _HUNG_S = 900.0  # after a rank has seen the end of the stream, the others have nothing to wait for
@@ -135,8 +137,7 @@ class _Ranks:
         }
         self._processes = [
             subprocess.Popen(
-                # -P: a file in the working directory must not take the place of a library.
-                [sys.executable, "-P", "-m", "peaknet_predict", *words],
+                [*_COMMAND, *words],
                 env=os.environ | shared | {"LOCAL_RANK": str(rank)},
                 # A session of its own: Ctrl-C reaches it through the supervisor, once.
                 start_new_session=True,
@@ -180,13 +181,8 @@ class _Ranks:
                 process.kill()
 
     def exit_code(self) -> int:
-        """Say what happened: the best of what the ranks know, and whether any of them was lost."""
-        codes = [process.wait() for process in self._processes]
-        if not any(codes):
-            return 0
-        if any(code in (0, EXIT_SURVIVED) for code in codes):
-            return EXIT_SURVIVED
-        return EXIT_INCOMPLETE if EXIT_INCOMPLETE in codes else EXIT_FAILED
+        """Wait for every rank, and return the exit code of the run."""
+        return exit_code_of_ranks([process.wait() for process in self._processes])
 
     def _report(self, rank: int, code: int) -> None:
         if code == 0:

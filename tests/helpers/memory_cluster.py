@@ -76,6 +76,8 @@ class MemoryCluster:
     ----------
     queues, rosters
         What has been made; a queue may be put here before a run makes it.
+    places
+        Of ranks in their rosters.
     tasks
         The functions that were started, in order.
     lost
@@ -85,6 +87,7 @@ class MemoryCluster:
     def __init__(self) -> None:
         self.queues: dict[str, MemoryQueue] = {}
         self.rosters: dict[str, RosterState] = {}
+        self.places: list[MemoryRoster] = []
         self.tasks: list[MemoryTask] = []
         self.lost = 0
         self._lock = threading.Lock()
@@ -115,7 +118,8 @@ class MemoryCluster:
     ) -> MemoryRoster:
         with self._lock:
             state = self.rosters.setdefault(name, RosterState(num_ranks, silence_s))
-        return MemoryRoster(state, rank)
+        self.places.append(MemoryRoster(state, rank))
+        return self.places[-1]
 
     def run_in_cluster(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryTask:
         def die(*args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,9 +118,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> MemoryCluster:
 
 
 def test_every_event_becomes_a_result_and_the_record_says_so(
-    cluster: MemoryCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
     rig = Rig(cluster, tmp_path, callbacks=[RateLog(1e-6)], accumulation_steps=3)
     rig.predict()
     assert rig.counts("in") == (EVENTS, 0, 0, 0)
@@ -142,9 +140,9 @@ def test_every_event_becomes_a_result_and_the_record_says_so(
     assert (ledger.hits, ledger.peaks) == (EVENTS, EVENTS)
     assert 0 <= ledger.latency_ms(50)[0] < 600_000
     assert (
-        f"rank 0: received {EVENTS} = predicted {EVENTS} + refused 0; {EVENTS} peaks" in caplog.text
+        f"rank 0: received {EVENTS} = predicted {EVENTS} + refused 0; {EVENTS} peaks" in said.text
     )
-    assert f"rank 0: {EVENTS} events, {EVENTS} hits" in caplog.text
+    assert f"rank 0: {EVENTS} events, {EVENTS} hits" in said.text
     reader = cluster.queues["out"].connect().reader
     taken, _ = reader.get("r", 99, 1.0)
     assert [one.id.idx for one in taken if one.id is not None] == list(range(EVENTS))
@@ -269,7 +267,7 @@ def test_a_full_output_makes_the_run_wait_until_its_grace_is_over(
 
 
 def test_an_input_that_dies_ends_the_run_with_its_record_and_everything_delivered(
-    cluster: MemoryCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     rig = Rig(cluster, tmp_path, source=Dots(100))
     rig.net.before[3] = lambda: cluster.queues["in"].die()
