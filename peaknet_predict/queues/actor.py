@@ -87,7 +87,7 @@ class QueueActor:
             found = self._spool.replay
             self._state.restore(
                 *(found.entries, found.keys, found.books, found.accepted, found.quarantined),
-                kept=self._quarantine.kept() if found.entries else (),
+                kept=self._quarantine.look_up({entry.id for entry in found.entries}),
             )
             if found.books is None:
                 # The name must not change with the next life.
@@ -234,8 +234,14 @@ class QueueActor:
         self._state.heartbeat(holder, producers)
 
     async def first_missing(self, stream: str, rank: int) -> int:
-        """Return the first idx of a stream that was never accepted."""
-        return self._state.keys.first_missing(stream, rank)
+        """Return the first idx of a stream that was never accepted.
+
+        A producer goes on from there, so that all before it has to be on disk.
+        """
+        first = self._state.keys.first_missing(stream, rank)
+        while await self._commit.wait() is not None:
+            await asyncio.sleep(_TICK_S)
+        return first
 
     async def statistics(self) -> QueueStatistics:
         """Return what went through and what is here."""

@@ -7,7 +7,6 @@ those whose data no longer had room. An event counts as quarantined once its lin
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 import os
@@ -15,12 +14,12 @@ import re
 import time
 import zlib
 from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from peaknet_predict.keys import KeySet
 from peaknet_predict.process.files import (
     FileSystem,
     expanded,
@@ -31,15 +30,13 @@ from peaknet_predict.process.files import (
     write_all_at,
     write_whole,
 )
-from peaknet_predict.queues.records import Opaque
-from peaknet_predict.queues.wire import described, printable
-from peaknet_predict.types import Event, EventId, Result, identity_problem
+from peaknet_predict.queues.quarantine_file import as_hdf5
+from peaknet_predict.queues.wire import described
+from peaknet_predict.types import EventId, identity_problem
 
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "index.jsonl"
-_TEXT = 10_000  # characters kept of an object that is no array
-_PARTS = 100  # of a list, that are kept
 _FAILURES = 2  # in one go, after which the disk is left in peace until the next
 # Of a file, that say nothing about the disk: it would never be written.
 _OWN_ERRORS = frozenset({errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW})
@@ -99,6 +96,7 @@ class Quarantine:
         self._waiting: deque[_Waiting] = deque()
         self._waiting_bytes = 0
         self._done: list[EventId] = []
+        self._earlier = KeySet()  # events with a line from an earlier life of the queue
 
     def keep(self, key: EventId, reason: str, record: Any, losses: int = 0) -> bool:
         """Write an event's data and reason.
@@ -140,19 +138,28 @@ class Quarantine:
         done, self._done = self._done, []
         return done
 
-    def kept(self) -> set[EventId]:
-        """Return which events of this queue are on disk.
+    def look_up(self, keys: Collection[EventId]) -> dict[EventId, str]:
+        """Return which of these events have a line here from an earlier life of the queue, and why.
+
+        No event that has one gets another. That line may be in the system's memory only: it is on
+        disk once the event has been given to `keep` again, which writes it again in its place.
 
         Raises
         ------
         OSError
             If the index is there and cannot be read.
         """
-        return {
-            EventId(line["stream"], line["rank"], line["idx"])
-            for line in read_index(self.directory, self._fs)
-            if line.get("queue") == self._queue
-        }
+        reasons = {}
+        for key, _, line in self._own_lines():
+            self._earlier.add(key)
+            if key in keys:
+                reasons[key] = str(line["reason"])
+        return reasons
+
+    def _own_lines(self) -> Iterator[tuple[EventId, tuple[int, bytes], dict[str, Any]]]:
+        for place, line in _lines(self.directory, self._fs):
+            if line.get("queue") == self._queue:
+                yield EventId(line["stream"], line["rank"], line["idx"]), place, line
 
     def _write_waiting(self) -> None:
         """Write what waits, oldest first; what has no room on the disk holds up nothing smaller."""
@@ -190,6 +197,10 @@ class Quarantine:
             names = self._fs.listdir(str(self.directory))
             files = [self.directory / name for name in names if name.endswith(".h5")]
             self._used = sum(self._fs.stat(str(file)).st_size for file in files)
+        if waiting.line is None and waiting.key in self._earlier:
+            places = (place for key, place, _ in self._own_lines() if key == waiting.key)
+            waiting.line = next(places, None)
+            waiting.has_file = waiting.line is not None  # if any: it was on disk before the line
         if not waiting.has_file and waiting.record is not None:
             if self._used + waiting.nbytes <= self._max_bytes:
                 waiting.file = self._write_file(waiting)
@@ -204,7 +215,7 @@ class Quarantine:
         name = f"{stem}.{zlib.crc32(repr((self._queue, key)).encode()):08x}.h5"
         attributes = {**key._asdict(), "reason": waiting.reason, "losses": waiting.losses}
         try:
-            data = _as_hdf5(attributes, waiting.record)
+            data = as_hdf5(attributes, waiting.record)
         except Exception:  # HDF5 and NumPy have many kinds, and none may hold up what follows
             log.exception("quarantine %s: the data of event %s", self.directory, key)
             return None
@@ -267,73 +278,29 @@ def _line(waiting: _Waiting, queue: str) -> bytes:
     return (json.dumps(line) + "\n").encode()
 
 
-def _as_hdf5(attributes: dict[str, Any], record: Any) -> bytes:
-    """Return an HDF5 file of whatever a record consists of."""
-    import h5py
-
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
-        for field, value in attributes.items():
-            file.attrs[field] = _text(value) if isinstance(value, str) else value
-        for field, value in _parts(record).items():
-            if not isinstance(value, np.ndarray) or not _wrote_array(file, field, value):
-                file.attrs[field] = _text(value)
-            elif isinstance(value, np.ma.MaskedArray):
-                file[f"{field}_mask"] = np.ma.getmaskarray(value)
-    return image.getvalue()
-
-
-def _wrote_array(file: Any, field: str, value: np.ndarray[Any, Any]) -> bool:
-    try:
-        file[field] = value
-    except Exception:  # a dtype that HDF5 has not
-        return False
-    return True
-
-
-def _text(value: Any) -> str:
-    """Return the text of an object, with everything escaped that an attribute cannot hold."""
-    if isinstance(value, str):
-        return printable(value[:_TEXT])[:_TEXT]
-    if isinstance(value, float | Opaque):
-        return str(value)[:_TEXT]
-    return described(value, _TEXT)
-
-
-def _parts(record: Any) -> dict[str, Any]:
-    """Return what a record consists of, by name."""
-    if isinstance(record, Event | Result):
-        parts = {"image": record.image, "photon_energy": record.photon_energy}
-        if record.bad_bits is not None:
-            parts["bad_bits"] = record.bad_bits
-        if isinstance(record, Result):
-            parts["peaks"] = record.peaks
-        return parts
-    payload = getattr(record, "payload", record)
-    if isinstance(payload, list | tuple):
-        items = {f"item_{k}": part for k, part in enumerate(payload[:_PARTS])}
-        return items | {"items": len(payload)}
-    return {"item": payload}
-
-
 def read_index(directory: str | Path, fs: FileSystem = os) -> list[dict[str, Any]]:
     """Return the lines of a quarantine's index; none if nothing was ever kept there.
 
     A line that was being written when a machine lost its power is left out: its event was not
     quarantined, and is in the queue again.
     """
-    path = expanded(directory) / INDEX_NAME
+    return [line for _, line in _lines(expanded(directory), fs)]
+
+
+def _lines(directory: Path, fs: FileSystem) -> Iterator[tuple[tuple[int, bytes], dict[str, Any]]]:
+    """Yield where the lines of an index are, their bytes, and what they say."""
+    path = directory / INDEX_NAME
     try:
         content = read_all(path, fs)
     except FileNotFoundError:
-        return []
-    lines = []
-    for number, text in enumerate(content.split(b"\n"), 1):
+        return
+    offset = 0
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
         try:
-            line = json.loads(text) if text else None
+            line = json.loads(text) if text.strip() else None
         except ValueError:
             log.warning("%s: line %d was not written to its end", path, number)
-            continue
+            line = None
         if isinstance(line, dict):
-            lines.append(line)
-    return lines
+            yield (offset, text), line
+        offset += len(text)

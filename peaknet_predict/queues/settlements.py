@@ -86,12 +86,8 @@ class Settlements:
             entry = self._waiting.pop(key, None)
             if entry is not None:
                 self._ready.free(entry)
-                self.settle_quarantined(entry)
-
-    def settle_quarantined(self, entry: Entry) -> None:
-        """Settle a record that the quarantine has had on disk before."""
-        self.quarantined += 1
-        self._write(entry, quarantined=True)
+                self.quarantined += 1
+                self._write(entry, quarantined=True)
 
     def count_loss(self, entry: Entry, holder: str, reason: str) -> bool:
         """Count a reader that was lost with a record; True if that was one too many.

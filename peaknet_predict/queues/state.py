@@ -6,7 +6,8 @@ The actor wraps it; keeping it apart lets tests drive every order of calls, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from peaknet_predict.keys import KeySet
@@ -29,7 +30,7 @@ from peaknet_predict.queues.settlements import Settlements
 from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.streams import StreamBook
 from peaknet_predict.queues.wire import named
-from peaknet_predict.types import ANYONE
+from peaknet_predict.types import ANYONE, EventId
 
 __all__ = ["Delivery", "QueueState", "QueueStatistics"]
 
@@ -248,12 +249,12 @@ class QueueState:
         books: dict[str, Any] | None,
         accepted: int,
         quarantined: int,
-        kept: Collection[Any] = (),
+        kept: Mapping[EventId, str] = MappingProxyType({}),
     ) -> None:
         """Take over what a journal kept of an earlier life of this queue.
 
-        ``kept`` are the identities of this queue's records that the quarantine has on disk, whether
-        the journal knows it or not.
+        ``kept`` are records that the quarantine has, and the reasons, whether the journal knows it
+        or not.
         """
         self.keys = keys
         self.accepted, self.settlements.quarantined = accepted, quarantined
@@ -261,10 +262,9 @@ class QueueState:
         if books is not None:
             self.streams.restore(books, keys, self._clock(), self.producer_timeout_s)
         for entry in entries:
-            if entry.id in kept:
-                self.settlements.settle_quarantined(entry)
-            elif entry.reason is not None and self.settlements.has_quarantine:
-                self.settlements.reject(entry, entry.reason)
+            reason = kept.get(entry.id, entry.reason)
+            if reason is not None and self.settlements.has_quarantine:
+                self.settlements.reject(entry, reason)
             else:
                 # Leases died with the earlier life; whoever had one may have brought it to its end.
                 entry.lost_by.append(ANYONE)

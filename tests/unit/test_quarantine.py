@@ -279,6 +279,22 @@ def test_a_line_whose_sync_failed_is_written_again_in_its_place(tmp_path: Path) 
     assert [line["idx"] for line in read_index(tmp_path)] == [0, 1]
 
 
+def test_an_event_with_a_line_from_an_earlier_life_gets_no_second_one(tmp_path: Path) -> None:
+    """That life may have died before the line was on disk, or before it was settled."""
+    for queue in ("mine", "another"):
+        Quarantine(tmp_path, 10**6, queue).keep(event(1).id, "bad", event(1))
+    index = (tmp_path / INDEX_NAME).read_bytes()
+    disk = FailingDisk()
+    quarantine = Quarantine(tmp_path, 10**6, "mine", fs=disk)
+    assert quarantine.look_up({event(0).id, event(1).id}) == {event(1).id: "bad"}
+    disk.done.clear()
+    assert quarantine.keep(event(1).id, "worse", event(1))
+    assert (tmp_path / INDEX_NAME).read_bytes() == index
+    assert disk.done.index("pwrite") < disk.done.index("fsync"), "only that brings it on disk"
+    assert quarantine.keep(event(0).id, "worse", event(0))
+    assert len(read_index(tmp_path)) == 3
+
+
 def test_what_is_too_large_for_the_disk_holds_up_nothing_smaller(tmp_path: Path) -> None:
     class Small(FailingDisk):
         def write(self, file: int, data: bytes | memoryview) -> int:
