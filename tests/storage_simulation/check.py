@@ -10,10 +10,11 @@ import h5py
 import numpy as np
 
 from peaknet_predict.cxi.file import read_cxi
+from peaknet_predict.cxi.journal import read_journal
 from peaknet_predict.queues.quarantine import read_index
 from tests.storage_simulation import cxi_on_disk
 from tests.storage_simulation.disk import ProcessDisk
-from tests.storage_simulation.nodes import STREAM, image_of, is_bad, is_filtered, is_poison
+from tests.storage_simulation.nodes import STREAM, image_of, is_bad, is_filtered
 
 if TYPE_CHECKING:
     from tests.storage_simulation.world import World
@@ -25,15 +26,14 @@ def check_all_places(world: World) -> None:
     cxi_on_disk.run_as(disk)
     in_files = Counter(_events_in_files())
     in_quarantine = Counter(_events_in_quarantine(disk))
+    filtered = _events_filtered()
     for idx in range(max([world.confirmed, *in_files, *in_quarantine], default=0) + 1):
-        places = in_files[idx] + in_quarantine[idx]
-        if is_filtered(idx) and not is_bad(idx) and not is_poison(idx):
-            continue
+        places = in_files[idx] + in_quarantine[idx] + (idx in filtered)
         if idx < world.confirmed:
             assert places > 0, f"lost: event {idx}, confirmed, is nowhere"
         assert places < 2, (
-            f"twice: event {idx} is in {in_files[idx]} files and {in_quarantine[idx]} times in "
-            "the quarantine"
+            f"twice: event {idx} is in {in_files[idx]} files, {in_quarantine[idx]} times in the "
+            f"quarantine, and {'' if idx in filtered else 'not '}among the filtered ones"
         )
 
 
@@ -47,6 +47,15 @@ def _events_in_files() -> list[int]:
             assert event.photon_energy == 9000.0 + idx, f"damaged: event {idx} in {path}"
             assert not is_bad(idx), f"event {idx} should have been rejected"
             found.append(idx)
+    return found
+
+
+def _events_filtered() -> set[int]:
+    found: set[int] = set()
+    for path in cxi_on_disk.SimulatedPath("/cxi").glob("*_journal_*.jsonl"):
+        journal = read_journal(path)  # type: ignore[arg-type]
+        found |= {key.idx for key in journal.filtered}
+    assert all(is_filtered(idx) for idx in found)
     return found
 
 

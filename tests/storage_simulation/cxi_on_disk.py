@@ -15,6 +15,7 @@ from unittest import mock
 
 import h5py
 
+from peaknet_predict.cxi.journal import Journal
 from peaknet_predict.process import files
 from tests.storage_simulation.disk import ProcessDisk, Stat
 
@@ -147,9 +148,17 @@ def _sync_directory(directory: Any, fs: Any = None) -> None:
     files.sync_directory(str(directory), fs=_current.disk)
 
 
-_EXCHANGED = {
+class _Journal(Journal):
+    def __init__(self, directory: Any, prefix: str, run: str, writer: str) -> None:
+        system: Any = _System()
+        super().__init__(directory, prefix, run, writer, fs=system)
+
+
+_EXCHANGED: dict[str, Any] = {
+    "Journal": _Journal,
     "os": _System(),
     "Path": SimulatedPath,
+    "expanded": SimulatedPath,
     "open": _open,
     "open_cxi": open_cxi,
     "write_whole": _write_whole,

@@ -29,7 +29,7 @@ MAX_LOSSES = 12
 
 
 class Unreachable(Exception):
-    """A call has no answer: the queue's process is dead, or the answer was lost."""
+    """The queue's process is dead."""
 
 
 class Refused(AssertionError):
@@ -406,8 +406,8 @@ class Writer(Reader):
                 what += [self.acknowledge] if self.done else []
                 what += [self._take] if len(self.held) < 6 else []
             self.world.rng.choice(what)()
-        except CxiWriteError:
-            pass  # the disk is full or broken: another time
+        except (CxiWriteError, Unreachable):
+            pass  # another time: what is in memory stays there
 
     def flush(self) -> None:
         """Write what is in memory."""
@@ -443,12 +443,12 @@ class Writer(Reader):
     def still_ours(self, ids: Any) -> set[EventId]:
         """Ask the queue which events may still be written here."""
         if not self.queue.is_alive:
-            raise OSError(5, "the queue is out of reach")
+            raise Unreachable
         try:
             current = set(self.queue.state.held([self._tokens[key] for key in ids]))
         except Killed as death:
             death.args[0].die()
-            raise OSError(5, "the queue is out of reach") from None
+            raise Unreachable from None
         return {key for key in ids if self._tokens[key] in current}
 
 

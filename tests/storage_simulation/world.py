@@ -383,6 +383,7 @@ def run_history(seed: int, steps: int) -> World:
     with (
         cxi_on_disk.exchanged(),
         mock.patch("time.time", world.clock),
+        mock.patch("time.monotonic", world.clock),
         mock.patch("secrets.token_hex", lambda length: f"{tokens.getrandbits(8 * length):x}"),
     ):
         world.run(steps)
