@@ -18,6 +18,8 @@ from peaknet_predict.photon_energy import (
     explain_implausible,
     is_plausible,
 )
+from peaknet_predict.queues.codec import decode, encode
+from peaknet_predict.queues.wire import event_to_item, item_to_event
 from peaknet_predict.types import Event, EventId
 
 PIXELS = np.ones((2, 3), np.float32)
@@ -57,6 +59,17 @@ def test_what_is_no_energy_at_all_is_refused(energy: float) -> None:
     reason = check(PIXELS, energy)
     assert reason == explain_implausible(energy)
     assert "expected 100 eV to 200 keV" in reason
+
+
+def test_a_reason_survives_the_item_of_another_programs_queue_and_the_spool() -> None:
+    reason = np.array("run.h5: frame 3 is unreadable: Å")
+    event = Event(EventId("s", 0, 3), reason, math.nan)
+    there = item_to_event(event_to_item(event), "s", 0)
+    skeleton, buffers = encode(event)
+    back = decode(skeleton, memoryview(b"".join(bytes(part) for part in buffers)))
+    for copy in (there, back):
+        assert isinstance(copy, Event)
+        assert check_event(copy) == f"the frame could not be read: {reason}"
 
 
 def test_a_reason_in_place_of_pixels_is_the_reason_of_the_refusal() -> None:
