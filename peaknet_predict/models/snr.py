@@ -99,7 +99,7 @@ class LocalSnr(nn.Module):
         guard_radius: int = 3,
         line_radius: int = 12,
         min_background_pixels: int = 20,
-        noise_floor: float = 1e-3,
+        noise_floor: float = 1e-5,
     ) -> None:
         super().__init__()
         if not 0 <= guard_radius < min(box_radius, line_radius):

@@ -105,6 +105,14 @@ def test_one_dead_pixel_costs_no_peak(dtype: str, value: float) -> None:
     assert clean.bad_mask() is None
 
 
+def test_bright_pixels_side_by_side_cost_no_peak() -> None:
+    image, places = planted("u4")
+    image[0, 4:6, 4:6] = 2 * 10**6
+    image[0, :, 250] = 10**6
+    (result,) = listed(image)
+    assert found(result, places).all()
+
+
 @pytest.mark.parametrize("dtype", ["u2", "i4", "f4"])
 def test_gaps_cost_no_peak_and_make_none(dtype: str) -> None:
     image, places = planted(dtype, shape=(2, 192, 256), spots=60)
