@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from peaknet_predict import __version__
+from peaknet_predict.config_files import ConfigurationError, refuse_duplicate_keys
 from peaknet_predict.cxi.writer import CxiWriteError
 from peaknet_predict.process.balance import (
     EXIT_FAILED,
@@ -22,6 +23,9 @@ from peaknet_predict.process.balance import (
 from peaknet_predict.queues import ClusterError, QueueError
 
 log = logging.getLogger("peaknet_predict")
+
+EXIT_USAGE = 2
+"""The command line or the configuration is wrong; as argparse ends, too."""
 
 _USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's options)
        peaknet-predict --version
@@ -60,13 +64,13 @@ def main(args: Sequence[str] | None = None) -> int:
     }
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
-        return 0 if words else 2
+        return 0 if words else EXIT_USAGE
     if words[0] == "--version":
         print(f"peaknet-predict {__version__}")
         return 0
     if words[0] not in commands:
         print(f"there is no command {words[0]!r}\n\n{_USAGE}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
     if not {"-h", "--help", "--print_config"} & set(words):
         log.info("peaknet-predict %s: %s", __version__, words[0])
     try:
@@ -77,8 +81,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except SurvivedError as error:
         log.error("%s", error)
         return EXIT_SURVIVED
-    except (ClusterError, QueueError, CxiWriteError, FileNotFoundError) as error:
+    except ConfigurationError as error:
         log.error("%s", error)
+        return EXIT_USAGE
+    except (ClusterError, QueueError, CxiWriteError, OSError) as error:
+        log.error("%s", error)
+        log.debug("where that was", exc_info=True)
         return EXIT_FAILED
     except ValueError as error:
         # A wrong setting, nearly always: the sentence is what helps, a traceback hides it.
@@ -171,6 +179,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
+    refuse_duplicate_keys(args)
     settings: dict[str, Any] = parser.instantiate(parser.parse_args(args)).as_dict()
     settings.pop("config", None)
     return settings

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from peaknet_predict.config_files import refuse_duplicate_keys
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.output_options import (
     add_output_options,
@@ -42,6 +43,7 @@ class PredictCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None) -> None:
         self._words = list(sys.argv[1:] if args is None else args)
+        refuse_duplicate_keys(self._words)
         for harmless in _HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", message=harmless)
         super().__init__(
@@ -134,6 +136,7 @@ class FitCLI(LightningCLI):
     """Lightning's command line, cut down to training."""
 
     def __init__(self, args: Sequence[str] | None) -> None:
+        refuse_duplicate_keys(sys.argv[1:] if args is None else args)
         for harmless in _HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", message=harmless)
         super().__init__(

@@ -34,7 +34,14 @@ class ClusterError(RuntimeError):
 
 def token_path() -> Path:
     """Return where Ray looks for the cluster's token: `RAY_AUTH_TOKEN_PATH` or Ray's default."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    try:
+        return Path(named) if named else Path.home() / ".ray" / "auth_token"
+    except RuntimeError as error:
+        raise ClusterError(
+            "Ray keeps a cluster's token in the home directory, and this account has none: set "
+            "HOME, or RAY_AUTH_TOKEN_PATH to a file in a directory of yours"
+        ) from error
 
 
 def ensure_private_token() -> Path:
@@ -44,11 +51,22 @@ def ensure_private_token() -> Path:
     the token can run code as us.
     """
     path = token_path()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_hex(32))
+            except OSError:
+                path.unlink()  # half a token would be taken for one
+                raise
+    except OSError as error:
+        raise ClusterError(
+            f"the token of the embedded Ray cluster cannot be kept in {path} ({error.strerror}): "
+            "set RAY_AUTH_TOKEN_PATH to a file in a directory of yours, or HOME to one that can be "
+            "written"
+        ) from error
     if path.stat().st_mode & 0o077:
         log.warning("%s was readable by others; it is now readable by its owner only", path)
         path.chmod(0o600)
