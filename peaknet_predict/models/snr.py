@@ -2,8 +2,8 @@
 
 The idea is that of the threshold finders of the field (peakfinder8 in Cheetah, Barty et al.,
 J. Appl. Cryst. 47 (2014) 1118; "dispersion" in DIALS, Winter et al., Acta Cryst. D74 (2018) 85):
-compare a pixel with mean and standard deviation of its surroundings. Beamtimes start with it, and a
-network should beat it. It takes the place of a network: panels in, logits per pixel out.
+compare a pixel with the mean and standard deviation of its surroundings. Beamtimes start with it,
+and a network should beat it. It stands in for a network: panels in, logits per pixel out.
 
 Shape legend: N panels of a batch, C channels, H rows, W columns.
 """
@@ -28,9 +28,9 @@ _SUPPORT_CAP = 5.0
 enough."""
 
 _HOT_SIGMAS, _HOT_SPREAD = 20.0, 0.25
-"""A pixel above the first, of whose excess its eight neighbours together have less than the second
-share, is a hot pixel that bleeds; around the centre of a Gaussian peak they have 2.7 (sigma 0.8
-pixels) and more."""
+"""A hot pixel that bleeds exceeds the first, and its eight neighbours together have less than the
+second share of its excess. Around the centre of a Gaussian peak they have 2.7 times as much (sigma
+0.8 pixels) or more."""
 
 _MIN_SIGMA_PER_QUANTUM = 0.45
 """Lower bound of sigma, in steps of the counts (photons). Below 0.2 photons a pixel counts are far
@@ -41,7 +41,7 @@ _BLOCK = 16
 the pixels that stand for the panel."""
 
 _MIN_LINE_PIXELS = 8
-"""Background pixels that a row or column needs for a say."""
+"""Background pixels below which a row or column is ignored."""
 
 
 _CPU_PANELS = 4
@@ -137,8 +137,8 @@ class LocalSnr(nn.Module):
         Returns
         -------
         Tensor
-            (N, 2, H, W) float32. Channel 0 is 0; channel 1 is by how many sigmas the pixel passes
-            the condition that it passes least, so class 1 where it is positive.
+            (N, 2, H, W) float32. Channel 0 is 0. Channel 1 is the margin, in sigmas, of the
+            condition that the pixel meets least well: class 1 where it is positive.
         """
         images_N1HW = images_N1HW.float()
         valid = torch.isfinite(images_N1HW)
@@ -171,7 +171,7 @@ class LocalSnr(nn.Module):
         return torch.cat([torch.zeros_like(margin), margin], dim=1)
 
     def _background(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean and sigma of each pixel's background, and whether they are to be trusted."""
+        """Return mean and sigma of each pixel's background, and where they are reliable."""
         guard, floor = self.guard_radius, self.noise_floor
         box = Window(weight, self.box_radius, self.box_radius, guard, self.min_background_pixels)
         lines = [
@@ -204,7 +204,7 @@ class LocalSnr(nn.Module):
         return mean, sigma, box.usable
 
     def _seeds(self, snr: Tensor, weight: Tensor) -> Tensor:
-        """Return by how many sigmas each pixel passes as a seed, or misses."""
+        """Return by how many sigmas each pixel qualifies as a seed; negative where it does not."""
         capped = snr.clamp(-_SUPPORT_CAP, _SUPPORT_CAP)
         centers = torch.cat([capped, weight, snr], dim=1)
         neighbours = box_sum(centers, 1, 1) - centers

@@ -19,9 +19,9 @@ from peaknet_predict.preprocess.kernels import triton_steps
 class InstanceNorm(Transform):
     """Bring each event to mean 0 and variance 1, over all its panels together.
 
-    ``(x - mean) / sqrt(var + eps)`` with the biased variance, in float32. Pixels that are NaN or
-    infinite take no part and become 0, the mean. Padded pixels do take part, with the value 0: so
-    the weights were trained.
+    ``(x - mean) / sqrt(var + eps)`` with the biased variance, in float32. Bad pixels, which are NaN
+    by then, take no part and become 0, the mean. Padded pixels do take part, with the value 0,
+    because the weights were trained like that.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ class InstanceNorm(Transform):
 
 
 _MIN_OF_TYPICAL = 0.1
-"""Lower bound of a pixel's sigma, as a share of its panel's typical one: a shadow or a dead region
-has little noise, and what is left there must not be blown up."""
+"""Lower bound of a pixel's sigma, as a share of its panel's typical one. A shadow or a dead region
+has little noise, which must not be blown up."""
 
 _MIN_PER_QUANTUM = 0.45
 """Lower bound of sigma in steps of the counts (photons). Where there are fewer than 0.2 photons a
@@ -61,11 +61,11 @@ _MIN_EPSILONS = 4.0
 
 _STEP_SHARE = 0.5
 """How much of the neighbouring blocks' typical difference in brightness counts as noise. Beside a
-step (the border of an ASIC or of a shadow) the background is not known better than that; of a
-smooth slope it takes nothing worth mentioning."""
+step (the border of an ASIC or of a shadow) the background is not known any better. On a smooth
+slope the difference is negligible."""
 
 _MIN_SHARE_OF_BLOCK = 0.25
-"""Share of valid pixels without which a block tells nothing."""
+"""Share of its pixels that must be valid for a block to count."""
 
 _LINEAR_SIGMAS = 4.0
 """Up to here the output is in sigmas; beyond it grows with their logarithm."""
@@ -77,8 +77,8 @@ class LocalNorm(Transform):
     Mean and variance of the valid pixels are taken in blocks. A block's background is the median
     of its own and its eight neighbours' statistics, so that peaks, hot pixels and bad columns,
     which fill few of the nine, take no part, however strong they are. Between the blocks' centres
-    it is interpolated. A panel's other regions and the other panels have no say, apart from lower
-    bounds of sigma; the result changes neither with the unit nor with the offset of a panel.
+    it is interpolated. Other regions and other panels matter only for lower bounds of sigma. The
+    result changes neither with the unit nor with the offset of a panel.
 
     An excess z of up to 4 sigmas stays as it is, in float32 resolution; beyond, it becomes
     ``4 (1 + ln(z / 4))`` (with the sign of z), which has the same slope there. So a peak of 1e4
