@@ -87,7 +87,9 @@ class PlantedPeakScore(L.Callback):
                 "PlantedPeakScore compares the files of a CxiOutput, listed before it, with the "
                 "peaks planted by a Simulator that is the data's source"
             )
-        self.score = score_files(output.report.cxi.files, simulator, self.min_snr, self.radius_px)
+        report = output.report
+        files = report.run_files or report.cxi.files
+        self.score = score_files(files, simulator, self.min_snr, self.radius_px)
         log.info(
             "planted peaks of at least %g sigma: %d of %d found (recall %.3f); "
             "listed peaks: %d of %d planted (precision %.3f)",

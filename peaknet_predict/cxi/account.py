@@ -88,6 +88,9 @@ class ConsumeReport:
         Whether it ended before the stream did: Ctrl-C, SIGTERM, or a problem.
     problem
         The error that ended it; None if there was none.
+    run_files
+        Files of the whole run, those of writers that died before among them, once the balance has
+        been written.
     """
 
     taken: int = 0
@@ -97,6 +100,7 @@ class ConsumeReport:
     failures: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     problem: str | None = None
+    run_files: list[Path] = field(default_factory=list)
 
     @property
     def unaccounted(self) -> int:
@@ -222,6 +226,7 @@ class RunAccount:
                 if (other := _run_of(plain)) != self._run:
                     keep_under_run_name(plain, other)
             balance = _balance_of(self._directory, self._run)
+            report.run_files = list(self._directory.files_of(self._run))
             if (path, balance) == written:
                 return path
             of_all = {"run": self._run, "stages": {**stages, "files": balance["files"]}}
@@ -287,6 +292,7 @@ def _balance_of(directory: CxiDirectory, run: str) -> dict[str, Any]:
     together.interrupted = all(balance["interrupted"] for balance in ended)
     together.problem = "; ".join(filter(None, (balance["problem"] for balance in ended))) or None
     together.cxi.files.sort()
+    together.run_files = list(files)
     return {"files": asdict(together), "writers": writers}
 
 

@@ -132,6 +132,7 @@ def test_filtered_events_of_a_killed_writer_are_counted(
     assert (found["taken"], found["cxi"]["written"], found["cxi"]["filtered"]) == (200, 100, 100)
     assert ConsumeReport(**{k: v for k, v in found.items() if k != "cxi"}).taken == 200
     assert len(found["cxi"]["files"]) == len(list(tmp_path.glob("*.cxi")))
+    assert report.run_files == sorted(tmp_path.glob("*.cxi")), "those of the dead writer, too"
 
 
 def test_what_was_recorded_but_not_acknowledged_is_counted_once(
