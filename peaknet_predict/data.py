@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
 _REMIND_S = 0.05  # pause between two reminders that what is under way is waited for
 _STALL_S = 600.0  # a caller that has not come back for so long hangs
+_ABANDON_S = 3.0  # longest wait for a call in the queue when what is held is given back
 _BEHIND_S = 0.002  # shortest wait, for a batch that is due while the caller is busy
 _BATCHES_AHEAD = 2  # batches made before the caller asks for them
 
@@ -115,15 +116,16 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._permits = threading.Semaphore(_BATCHES_AHEAD - 1)
         self.stop = StopRequest(grace_s)
         self._abandoned = threading.Event()
+        self._ingesting: threading.Thread | None = None
         self.received = 0
         self.ended = False
         self.interrupted = False
 
     def __iter__(self) -> Iterator[EventBatch]:
         """Yield batches until the stream has ended, or a signal asks to stop."""
-        ingest = threading.Thread(target=self._ingest, name="ingest", daemon=True)
+        self._ingesting = threading.Thread(target=self._ingest, name="ingest", daemon=True)
         with stop_requests(self.grace_s) as self.stop:
-            ingest.start()
+            self._ingesting.start()
             try:
                 while (batch := self._ready.get()) is not None:
                     if isinstance(batch, BaseException):
@@ -133,9 +135,7 @@ class QueueDataset(IterableDataset[EventBatch]):
                     self._worked_at = None
                     self._permits.release()
             finally:
-                self._abandoned.set()
-                self._permits.release()
-                ingest.join()
+                self._abandon(None)
 
     def _ingest(self) -> None:
         """Fill batches until the end; hand on whatever goes wrong to the caller."""
@@ -208,8 +208,20 @@ class QueueDataset(IterableDataset[EventBatch]):
         self._queue.reader.reject(refusals)
 
     def release(self, failure: str | None = None) -> int:
-        """Give back what is held; with a ``failure``, as events that may have caused it."""
+        """Take nothing more, and give back what is held.
+
+        With a ``failure``, it goes back as events that may have caused it.
+        """
+        # After an error, Lightning closes the iterator late or never.
+        self._abandon(_ABANDON_S)
         return self._queue.reader.release(failure)
+
+    def _abandon(self, timeout_s: float | None) -> None:
+        """End the thread that takes events; what it took last is held all the same."""
+        self._abandoned.set()
+        self._permits.release()
+        if self._ingesting is not None:
+            self._ingesting.join(timeout_s)
 
     def touch(self) -> None:
         """Note that the run is alive, though it waits."""

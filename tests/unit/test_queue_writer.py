@@ -18,7 +18,7 @@ from peaknet_predict.callbacks.cxi_output import CxiOutput
 from peaknet_predict.callbacks.planted_score import PlantedPeakScore
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.callbacks.rate_log import RateLog
-from peaknet_predict.data import QueueDataModule
+from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import MergeBatchChannelDims
 from peaknet_predict.process.balance import BalanceError
@@ -27,6 +27,7 @@ from peaknet_predict.sources import EventSource, Simulator
 from peaknet_predict.types import Image
 from tests.helpers.chain import written
 from tests.helpers.memory_cluster import MemoryCluster, install
+from tests.helpers.prediction import shot
 
 EVENTS = 7
 
@@ -296,3 +297,19 @@ def test_an_output_that_dies_ends_the_run_with_its_record_and_everything_given_b
     assert "queue 'out' is gone" in record["problem"]
     assert "queue 'out' is gone" in record["stages"]["output"]["problem"]
     assert record["stages"]["input"]["acknowledged"] == rig.counts("in")[0]
+
+
+def test_after_what_is_held_was_given_back_nothing_more_is_taken(cluster: MemoryCluster) -> None:
+    queue = cluster.connect_queue(QueueAddress("in"), "events")
+    queue.producer.open("p")
+    dataset = QueueDataset(queue, "predict", batch_size=2)
+    queue.producer.put("p", [shot(idx, []) for idx in range(9)])
+    batches = iter(dataset)
+    next(batches)
+    assert dataset.release("RuntimeError: boom") > 0
+    # The iterator is still open, as after an error in Lightning's loop.
+    assert dataset._ingesting is not None
+    assert not dataset._ingesting.is_alive()
+    now = queue.admin.statistics()
+    assert now is not None
+    assert (now.ready, now.leased) == (9, 0)
