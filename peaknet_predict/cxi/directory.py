@@ -14,7 +14,7 @@ from pathlib import Path
 from peaknet_predict.cxi.file import CxiSummary, read_summary
 from peaknet_predict.cxi.journal import JournalContents, read_journal
 from peaknet_predict.keys import KeySet
-from peaknet_predict.process.files import expanded, sync_directory
+from peaknet_predict.process.files import expanded, sync_directory, sync_name
 from peaknet_predict.types import ANYONE, EventId
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class CxiDirectory:
             # No parents: a path that is misspelt or not mounted must not be made up.
             if create:
                 self.path.mkdir(exist_ok=True)
+                sync_name(self.path)
             elif not self.path.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if not os.access(self.path, os.W_OK | os.X_OK):

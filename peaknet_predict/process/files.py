@@ -171,6 +171,14 @@ def make_private_directory(directory: Path, fs: FileSystem = os) -> None:
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path), 0o700 if path == directory else 0o777)
+    # Those that are there, too: whoever made them may have died before their names were on disk.
+    for path in (directory, *directory.parents):
+        sync_name(path, fs)
+
+
+def sync_name(path: Path, fs: FileSystem = os) -> None:
+    """Make a file's name survive a power cut, if the directory above it may be read at all."""
+    with contextlib.suppress(PermissionError):
         sync_directory(path.parent, fs)
 
 

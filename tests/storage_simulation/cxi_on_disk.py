@@ -163,6 +163,7 @@ _EXCHANGED: dict[str, Any] = {
     "open_cxi": open_cxi,
     "write_whole": _write_whole,
     "sync_directory": _sync_directory,
+    "sync_name": lambda path: _sync_directory(path.parent),
 }
 
 
