@@ -154,7 +154,7 @@ class _Journal(Journal):
         super().__init__(directory, prefix, run, writer, fs=system)
 
 
-_EXCHANGED: dict[str, Any] = {
+EXCHANGED: dict[str, Any] = {
     "Journal": _Journal,
     "os": _System(),
     "Path": SimulatedPath,
@@ -180,7 +180,7 @@ def exchanged() -> Iterator[None]:
     """Let `peaknet_predict.cxi` run on the simulated disk."""
     with contextlib.ExitStack() as undo:
         for module in _modules():
-            for name, new in _EXCHANGED.items():
+            for name, new in EXCHANGED.items():
                 if name == "open" or hasattr(module, name):
                     undo.enter_context(mock.patch.object(module, name, new, create=True))
         yield

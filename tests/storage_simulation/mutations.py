@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-from peaknet_predict.cxi.directory import CxiDirectory
-from peaknet_predict.cxi.file import _Witness
 from peaknet_predict.cxi.filtered import FilteredEvents
-from peaknet_predict.queues import spool as spool_module
+from peaknet_predict.cxi.witness import Witness
 from peaknet_predict.queues.quarantine import Quarantine
+from peaknet_predict.queues.replay import SpoolError, SpoolReader
 from peaknet_predict.queues.segment import OpenSegment
 from peaknet_predict.queues.spool import Spool
+from tests.storage_simulation import cxi_on_disk
 
 
 @contextlib.contextmanager
@@ -28,13 +28,13 @@ def _planted(*patches: Any) -> Iterator[None]:
 def damaged_file() -> AbstractContextManager[None]:
     """A write that fails inside HDF5 is swallowed, and the file is not read back."""
 
-    def attempt(self: _Witness, call: Callable[..., int], *args: Any) -> None:
+    def attempt(self: Witness, call: Callable[..., int], *args: Any) -> None:
         with contextlib.suppress(Exception):
             call(*args)
 
     return _planted(
-        mock.patch.object(_Witness, "_attempt", attempt),
-        mock.patch("peaknet_predict.cxi.publisher.verify_cxi_file", lambda *args: None),
+        mock.patch.object(Witness, "_attempt", attempt),
+        mock.patch("peaknet_predict.cxi.publisher.verify_cxi_file"),
     )
 
 
@@ -51,7 +51,7 @@ def settled_before_quarantined() -> AbstractContextManager[None]:
 
 def quarantined_twice() -> AbstractContextManager[None]:
     """After a restart, nobody looks for what the quarantine has already."""
-    return _planted(mock.patch.object(Quarantine, "look_up", lambda self, keys: {}))
+    return _planted(mock.patch.object(Quarantine, "look_up", return_value={}))
 
 
 def rotation_without_sync() -> AbstractContextManager[None]:
@@ -66,13 +66,13 @@ def rotation_without_sync() -> AbstractContextManager[None]:
 
 def silent_truncation() -> AbstractContextManager[None]:
     """Where a segment is damaged, it is taken to end."""
-    read = spool_module.SpoolReader._read
+    read = SpoolReader._read
 
     def forgiving(self: Any, number: int, until: int | None) -> None:
-        with contextlib.suppress(spool_module.SpoolError):
+        with contextlib.suppress(SpoolError):
             read(self, number, until)
 
-    return _planted(mock.patch.object(spool_module.SpoolReader, "_read", forgiving))
+    return _planted(mock.patch.object(SpoolReader, "_read", forgiving))
 
 
 def failed_sync_forgotten() -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ def filtered_in_memory() -> AbstractContextManager[None]:
 def name_without_sync() -> AbstractContextManager[None]:
     """A finished file's events are acknowledged before its name is on disk."""
     return _planted(
-        mock.patch.dict(CxiDirectory.publish.__globals__, {"sync_directory": lambda path: None})
+        mock.patch.dict(cxi_on_disk.EXCHANGED, {"sync_directory": lambda *args, **more: None})
     )
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from tests.storage_simulation.run import run_many
+import pytest
+
+from tests.storage_simulation.mutations import PLANTED
+from tests.storage_simulation.run import Failure, run_many, shrink
 
 
 def test_no_history_loses_doubles_or_damages_an_event() -> None:
@@ -8,3 +11,19 @@ def test_no_history_loses_doubles_or_damages_an_event() -> None:
     outcome = run_many(range(10), steps=500)
     assert outcome.failure is None
     assert outcome.confirmed > 100
+
+
+def test_a_planted_fault_is_found_and_its_history_shortened() -> None:
+    with PLANTED["damaged_file"]():
+        failure = run_many(range(20), steps=200).failure
+        assert failure is not None
+        shortest = shrink(failure)
+    assert isinstance(shortest, Failure)
+    assert shortest.steps <= failure.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_planted_fault_is_found(name: str) -> None:
+    with PLANTED[name]():
+        assert run_many(range(500), steps=500).failure is not None
