@@ -59,6 +59,7 @@ def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_ow
     assert queue.reader.get("r", 9, 0.1)[0] == [], "it is alive and says so, though it sleeps"
     reader.kill()
     reader.wait()
+    reader.stdout.close()
     again: list[Any] = []
     # The stream has ended and we hold some of it: that is told at once, without waiting.
     while not again:
