@@ -37,6 +37,8 @@ class Ledger:
         An event with at least this many peaks is a hit.
     path
         File of rank 0's record; the others write theirs beside it. None writes none.
+    network
+        What the peaks depend on, for the record, see `Provenance.record`; None if nobody knows.
 
     Attributes
     ----------
@@ -51,6 +53,7 @@ class Ledger:
         rank: int = 0,
         min_hit_peaks: int = 10,
         path: str | Path | None = None,
+        network: dict[str, Any] | None = None,
     ) -> None:
         self.predicted = 0
         self.refused = 0
@@ -60,6 +63,7 @@ class Ledger:
         self._output = output
         self._rank = rank
         self._min_hit_peaks = min_hit_peaks
+        self._network = network
         self._path = None if path is None else path_of_rank(path, rank)
         self._last_refusal: Refusal | None = None
         # Appended to by one thread while another one takes percentiles of a copy.
@@ -167,7 +171,12 @@ class Ledger:
             for name in ("input", "predict", "output")
             if name in queues or name == "predict"
         }
-        record = {"problem": problem, "other_ranks": other_ranks, "stages": stages}
+        record = {
+            "problem": problem,
+            "other_ranks": other_ranks,
+            "network": self._network,
+            "stages": stages,
+        }
         try:
             write_balance(self._path, record)
         except OSError as error:

@@ -17,6 +17,8 @@ from peaknet_predict.callbacks.outbox import Outbox
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.data import QueueDataModule, QueueDataset
 from peaknet_predict.in_flight import PendingPeaks
+from peaknet_predict.module import PeakNetModule
+from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
@@ -124,7 +126,8 @@ class QueueWriter(BasePredictionWriter):
         group, name = trainer.strategy.broadcast((f"predict:{source}:", uuid4().hex[:8]))
         queue, roster = self._connect_one_by_one(trainer, name)
         producer = f"{group}{name}:rank{rank}"
-        ledger = Ledger(dataset, queue.admin, rank, self.min_hit_peaks, self.balance)
+        network = pl_module.provenance.record() if isinstance(pl_module, PeakNetModule) else None
+        ledger = Ledger(dataset, queue.admin, rank, self.min_hit_peaks, self.balance, network)
         outbox = Outbox(queue.producer, producer, self._accepted)
         self._run = _Run(
             dataset,
@@ -223,7 +226,7 @@ class QueueWriter(BasePredictionWriter):
                 log.error("could not be delivered: %s", error)
         if run.dataset is not None:
             # What is left may be what caused it; the queue counts, and isolates it in the end.
-            innocent = isinstance(exception, KeyboardInterrupt | BalanceError)
+            innocent = isinstance(exception, KeyboardInterrupt | BalanceError | NetworkOutputError)
             try:
                 run.dataset.release(None if innocent else reason)
             except QueueError as error:

@@ -344,7 +344,7 @@ def _check_configuration(config: list[str]) -> Iterator[Finding]:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
         yield from _check_code(config)
         yield from _check_source(getattr(cli.datamodule, "source", None))
-        if not trains and isinstance(model, PeakNetModule) and model.parameters_are_random():
+        if not trains and isinstance(model, PeakNetModule) and model.provenance.is_random:
             yield Finding(
                 "warn",
                 f"{type(model.net).__name__} predicts with random parameters (random_weights: "

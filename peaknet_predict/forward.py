@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,44 +19,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from peaknet_predict.models.fast import FastPeakNet, support
 from peaknet_predict.models.peaknet import PeakNet
+from peaknet_predict.network_output import NetworkOutput
 from peaknet_predict.preprocess import Prepared, Preprocess
 
 log = logging.getLogger(__name__)
-
-
-class NetworkOutputError(ValueError):
-    """A network returns something in which no peaks can be found; no event is to blame."""
-
-
-class NetworkOutput(NamedTuple):
-    """What a forward pass gives.
-
-    Attributes
-    ----------
-    logits_NCHW
-        (N, C, H/stride, W/stride); class 0 is background.
-    stride
-        4 where the peak finder is to enlarge the logits, else 1.
-    prepared
-        What the network was given.
-    """
-
-    logits_NCHW: Tensor
-    stride: Literal[1, 4]
-    prepared: Prepared
-
-    def at_threshold(self, threshold: float) -> NetworkOutput:
-        """Return the output whose larger logit is peak where the log odds exceed a threshold.
-
-        The log odds of a pixel are the largest logit of a peak class minus that of background. At 0
-        nothing changes; otherwise the background's logit becomes larger by the threshold, in
-        float32, so that no dtype rounds it away.
-        """
-        if threshold == 0:
-            return self
-        logits_NCHW = self.logits_NCHW.to(torch.float32, copy=True)
-        logits_NCHW[:, 0] += threshold
-        return self._replace(logits_NCHW=logits_NCHW)
 
 
 class ForwardPass:
@@ -192,7 +158,7 @@ class ForwardPass:
                 self._give_up_fast(error)
             else:
                 if shape_BPHW not in self._shapes_seen:
-                    _check(output, type(self._net).__name__)
+                    output.check(type(self._net).__name__)
                     self._shapes_seen.add(shape_BPHW)
                 return output
             self._choose()
@@ -267,39 +233,6 @@ class ForwardPass:
         return next(
             (p.dtype for p in self._net.parameters() if p.dtype.is_floating_point), torch.float32
         )
-
-
-def _check(output: NetworkOutput, network: str) -> None:
-    """Raise a NetworkOutputError, which says what is expected, unless peaks can be found."""
-    found: Any = output.logits_NCHW  # a network may return anything
-    panels, _, height, width = output.prepared.images_N1HW.shape
-    size = (height // output.stride, width // output.stride)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
-    if isinstance(found, dict):
-        what = f"a {type(found).__name__} with the keys {', '.join(map(repr, found))}"
-        remedy = "let its forward return the logits alone"
-    elif not isinstance(found, Tensor):
-        what, remedy = f"a {type(found).__name__}", "let its forward return the logits alone"
-    elif not found.is_floating_point():
-        what = f"a tensor of {found.dtype}"
-        remedy = "let it return the logits, not their argmax"
-    elif shape == (panels, 1, *size):
-        what = f"a single channel: {shape}"
-        remedy = (
-            "if that is the logit of peak, return torch.cat([torch.zeros_like(logits), logits], 1)"
-        )
-    elif len(shape) != 4 or shape[0] != panels or shape[1] < 2 or shape[2:] != size:
-        what, remedy = (
-            f"a tensor of shape {shape}",
-            "let it return a logit for each pixel and class",
-        )
-    else:
-        return
-    raise NetworkOutputError(
-        f"{network} returned {what}. Expected are floating-point logits ({panels}, C, {size[0]}, "
-        f"{size[1]}) of at least two classes, of which class 0 is background and every other one "
-        f"is peak: {remedy}"
-    )
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class PredictCLI(LightningCLI):
     def before_predict(self) -> None:
         """Refuse a network of random weights before anything is started."""
         if isinstance(self.model, PeakNetModule):
-            self.model.check_weights()
+            self.model.provenance.check()
 
     def predict(self, **kwargs: Any) -> None:
         """Run the prediction; results leave through the writer and are never kept.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +12,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from peaknet_predict.forward import ForwardPass, NetworkOutput
+from peaknet_predict.forward import ForwardPass
 from peaknet_predict.in_flight import PendingPeaks, Ring
-from peaknet_predict.models.weights import load_weights, stored_threshold
+from peaknet_predict.models.provenance import Provenance
+from peaknet_predict.network_output import NetworkOutput
 from peaknet_predict.preprocess import Preprocess, Transform, Validity, read_mask
 from peaknet_predict.preprocess.validity import BadValues
 from peaknet_predict.types import EventBatch, Refusal
@@ -79,8 +79,8 @@ class PeakNetModule(L.LightningModule):
 
     Attributes
     ----------
-    threshold
-        The operating point that counts.
+    provenance
+        Where the parameters come from, and the operating point that counts.
 
     Raises
     ------
@@ -111,14 +111,8 @@ class PeakNetModule(L.LightningModule):
         super().__init__()
         if num_overlap < 1:
             raise ValueError(f"num_overlap is {num_overlap}; at least one batch is under way")
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError(f"threshold is {threshold}; give a finite number, 0 by default")
         self.net = net
-        self.random_weights = random_weights
-        self.weights_sha256: str | None = None if weights is None else load_weights(net, weights)
-        if threshold is None and weights is not None:
-            threshold = stored_threshold(weights)
-        self.threshold = threshold or 0.0
+        self.provenance = Provenance(net, weights, threshold, random_weights)
         if mask is None and (mask_good is not None or mask_bad is not None):
             raise ValueError("mask_good and mask_bad are bits of a mask: give the mask, too")
         static = None if mask is None else read_mask(mask, mask_good, mask_bad)
@@ -129,33 +123,10 @@ class PeakNetModule(L.LightningModule):
         self._ring: Ring | None = None
         self._dtypes_seen: set[torch.dtype] = set()
 
-    def check_weights(self) -> None:
-        """Raise a ValueError if the network would predict with random parameters unasked."""
-        if self.parameters_are_random() and not self.random_weights:
-            raise ValueError(
-                f"{type(self.net).__name__} has no weights: its parameters are random, and its "
-                "peaks would be, too. Give a weight file as model.init_args.net.init_args.weights "
-                "or model.init_args.weights (configs/models/peaknet_small.yaml has one); to try "
-                "something out with random parameters, set model.init_args.random_weights: true"
-            )
-
-    def parameters_are_random(self) -> bool:
-        """Whether the network says that it has no weights, and none were given here."""
-        own = getattr(self.net, "weights_sha256", "unknown")
-        return self.weights_sha256 is None and own is None
-
-    def provenance(self) -> dict[str, Any]:
-        """Return what the peaks depend on, for a record: network, weight file, operating point."""
-        return {
-            "network": type(self.net).__name__,
-            "weights_sha256": self.weights_sha256 or getattr(self.net, "weights_sha256", None),
-            "threshold": self.threshold,
-        }
-
     def setup(self, stage: str) -> None:
         """Make the fast network while the parameters are float32."""
         if stage == "predict":
-            self.check_weights()
+            self.provenance.check()
             # Before Lightning rounds the parameters for bf16-true.
             self._forward_pass.prepare(
                 self.trainer.strategy.root_device, str(self.trainer.precision)
@@ -163,8 +134,7 @@ class PeakNetModule(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Choose how the network runs on the device, and warm up in the context of the loop."""
-        self._log_origin()
-        log.info("operating point: a pixel is peak above log odds of %g", self.threshold)
+        self.provenance.show()
         self._forward_pass.start(self.device, str(self.trainer.precision))
         self._ring = self._new_ring()
         with self.trainer.precision_plugin.predict_step_context():
@@ -174,19 +144,6 @@ class PeakNetModule(L.LightningModule):
                 with torch.inference_mode(False):
                     zeros_BPHW = torch.zeros(shape_BPHW)
                 self.predict_step(EventBatch(zeros_BPHW, [], []), 0, warm_up=True)
-
-    def _log_origin(self) -> None:
-        """Warn of parameters that are random, or of which nobody says where they are from."""
-        network = type(self.net).__name__
-        is_silent = not hasattr(self.net, "weights_sha256") and self.weights_sha256 is None
-        if self.parameters_are_random():
-            log.warning("%s has random parameters, as asked for, and so are the peaks", network)
-        elif is_silent and next(self.net.parameters(), None) is not None:
-            log.warning(
-                "%s does not say where its parameters are from (no attribute weights_sha256): if "
-                "it loads no weight file by itself, set model.init_args.weights",
-                network,
-            )
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -229,7 +186,7 @@ class PeakNetModule(L.LightningModule):
         return Ring(self.device, self.num_overlap, self._logits, self.preprocess)
 
     def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
-        return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.threshold)
+        return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.provenance.threshold)
 
     def _misfit(self, shape_BPHW: tuple[int, ...]) -> str | None:
         """Say why preprocessing or network cannot take events of a shape; None if they can."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peaknet_predict.forward import NetworkOutput
 from peaknet_predict.module import PeakNetModule
+from peaknet_predict.network_output import NetworkOutput
 
 STRIDE = 4  # PeakNet's logits are made at a quarter of the resolution
 

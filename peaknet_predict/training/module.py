@@ -78,7 +78,7 @@ class PeakNetTraining(PeakNetModule):
                 f"precision {self.trainer.precision} rounds small steps of the weights away: train "
                 f"with trainer.precision {' or '.join(_PRECISIONS)}"
             )
-        if isinstance(self.net, PeakNet) and self.parameters_are_random():
+        if isinstance(self.net, PeakNet) and self.provenance.is_random:
             self.net.add_to_peak_logit(math.log(_RARE / (1 - _RARE)))
         if self.trainer.strategy.root_device.type == "cuda":
             # Norms and linear layers want channels last; before DDP plans its buckets.

@@ -184,7 +184,7 @@ def test_bad_events_are_refused_by_name_and_the_stream_goes_on(
     assert ray.get(source.put.remote({"what": "is this"}))
     model = yaml.safe_load((CONFIGS / "models" / "snr.yaml").read_text())
     crop = {"class_path": "peaknet_predict.preprocess.Crop"}
-    crop["init_args"] = {"height": 64, "width": 64}  # type: ignore[assignment]
+    crop["init_args"] = {"height": 64, "width": 64, "allow_crop": True}  # type: ignore[assignment]
     model["model"]["init_args"]["preprocess"].insert(0, crop)
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
     cpu = CONFIGS / "topology" / "cpu.yaml"

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor, nn
 
-from peaknet_predict.forward import NetworkOutputError
 from peaknet_predict.module import PeakNetModule
+from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
 from peaknet_predict.types import EventBatch, Refusal
 from tests.helpers.networks import TWO_STAGES, Bright, Plain, perturbed, small_peaknet
@@ -197,8 +197,8 @@ def test_any_networks_weights_load_by_configuration(suffix: str, tmp_path: Path)
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     module = PeakNetModule(Plain(), chain(), weights=str(path))
     assert torch.equal(module.net.state_dict()["weight"], state["weight"])
-    assert module.weights_sha256 == module.provenance()["weights_sha256"]
-    assert len(module.weights_sha256 or "") == 64
+    assert module.provenance.weights_sha256 == module.provenance.record()["weights_sha256"]
+    assert len(module.provenance.weights_sha256 or "") == 64
     save_file({"wait": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"missing from the file: 1: weight; unknown .* 1: wait"):
         PeakNetModule(Plain(), chain(), weights=str(tmp_path / "other.safetensors"))
@@ -211,7 +211,7 @@ def test_weights_given_to_the_module_count(tmp_path: Path) -> None:
     save_file(other.state_dict(), tmp_path / "w.safetensors")
     net = perturbed(**TWO_STAGES)
     module = PeakNetModule(net, chain(), weights=str(tmp_path / "w.safetensors"))
-    module.check_weights()
+    module.provenance.check()
     for name, tensor in other.state_dict().items():
         assert torch.equal(module.net.state_dict()[name], tensor)
 
@@ -270,11 +270,14 @@ def test_an_operating_point_comes_from_the_file_unless_it_is_given(
     metadata = {"peaknet_predict": json.dumps({"threshold": 1.25})}
     save_file(Plain().state_dict(), path, metadata)
     module = PeakNetModule(Plain(), chain(), weights=str(path))
-    assert module.threshold == module.provenance()["threshold"] == 1.25
+    assert module.provenance.threshold == 1.25
     predict(module, [batch([shot(0, [])], 1)])
     assert "operating point: a pixel is peak above log odds of 1.25" in said.text
-    assert PeakNetModule(Plain(), chain(), weights=str(path), threshold=0.0).threshold == 0.0
-    assert PeakNetModule(Plain(), chain()).threshold == 0.0
+    assert (
+        PeakNetModule(Plain(), chain(), weights=str(path), threshold=0.0).provenance.threshold
+        == 0.0
+    )
+    assert PeakNetModule(Plain(), chain()).provenance.threshold == 0.0
     with pytest.raises(ValueError, match="threshold is nan; give a finite number"):
         PeakNetModule(Plain(), chain(), threshold=float("nan"))
 
@@ -319,3 +322,51 @@ def test_other_outputs_than_logits_are_refused_with_what_is_expected(
     with pytest.raises(NetworkOutputError, match=r"Returns returned .*" + reason) as raised:
         predict(module, [batch([shot(0, [])], 1)])
     assert "(2, C, 32, 40) of at least two classes" in str(raised.value)
+
+
+class Overflows(nn.Module):
+    """Logits of one panel of some calls are not finite."""
+
+    def __init__(self, value: float, broken: set[int]) -> None:
+        super().__init__()
+        self.value, self.broken, self.calls = value, broken, 0
+
+    def forward(self, images_N1HW: Tensor) -> Tensor:
+        logits_NCHW = torch.cat([torch.full_like(images_N1HW, 6.0), images_N1HW], dim=1)
+        for event in range(len(images_N1HW) // 2):
+            if self.calls + event in self.broken:
+                logits_NCHW[2 * event + 1, 1, 5, 7] = self.value
+        self.calls += len(images_N1HW) // 2
+        return logits_NCHW
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_events_whose_logits_overflow_are_refused_by_name(value: float) -> None:
+    events = [shot(i, [(0, 3, 4)]) for i in range(6)]
+    batches = [batch(events[:2], 2), batch(events[2:4], 2), batch(events[4:], 2)]
+    module = PeakNetModule(Overflows(value, {1, 2, 3}), chain())
+    found = predict(module, batches)
+    assert [r.id.idx for b in found for r in b.results] == [0, 4, 5]
+    assert all(r.peaks.tolist() == [[0, 3, 4]] for b in found for r in b.results)
+    refused = [refusal for b in found for refusal in b.refused]
+    assert [refusal.id.idx for refusal in refused if refusal.id is not None] == [1, 2, 3]
+    assert {r.reason for r in refused} == {"the network's logits are NaN or infinite"}
+
+
+def test_a_certainty_and_a_dead_panel_are_no_overflow() -> None:
+    certain = PeakNetModule(Overflows(-torch.inf, {0}), chain())
+    (found,) = predict(certain, [batch([shot(0, [(0, 3, 4)])], 1)])
+    assert found.results[0].peaks.tolist() == [[0, 3, 4]]
+    dead = shot(0, [(0, 3, 4)])
+    dead.image[1] = np.nan
+    (found,) = predict(PeakNetModule(Overflows(torch.nan, {0}), chain()), [batch([dead], 1)])
+    assert found.results[0].peaks.tolist() == [[0, 3, 4]]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_network_that_gives_nothing_else_ends_the_run(size: int) -> None:
+    events = [shot(i, []) for i in range(4)]
+    batches = [batch(events[i : i + size], size) for i in range(0, 4, size)]
+    module = PeakNetModule(Overflows(torch.nan, set(range(9))), chain(), num_overlap=1)
+    with pytest.raises(NetworkOutputError, match="each of the first 2 events: are these the we"):
+        predict(module, batches)

@@ -334,7 +334,7 @@ def test_an_own_networks_operating_point_goes_with_its_weights(tmp_path: Path) -
     export_weights(tmp_path / "best.ckpt", tmp_path / "w.safetensors")
     steps = [LocalNorm(), MergeBatchChannelDims()]
     module = PeakNetModule(Own(), steps, weights=str(tmp_path / "w.safetensors")).eval()
-    assert module.threshold == 0.75
+    assert module.provenance.threshold == 0.75
     image = np.random.default_rng(0).poisson(3, (1, 32, 32)).astype(np.float32)
     event = Event(EventId("s", 0, 0), image, 9000.0)
     batch = EventBatch(torch.from_numpy(image)[None], [event], [])
