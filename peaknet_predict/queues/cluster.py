@@ -25,6 +25,8 @@ NAMESPACE = "peaknet"
 """Ray namespace of the queues unless a configuration names another one."""
 
 
+_ASK_S = 10.0  # a cluster that says nothing by then has not been asked
+
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -134,7 +136,35 @@ def connect(address: str) -> str:
         raise ClusterError(_explain(address, error)) from error
     finally:
         listen_again()  # Ray's handler of SIGTERM would end the process
+    if address != "local" and os.environ.get("RAY_AUTH_MODE") != "token":
+        log.warning(
+            "the Ray cluster at %s let this process in without a token, and lets in everyone who "
+            "reaches it, to run code as you: start it with RAY_AUTH_MODE=token (`peaknet-predict "
+            "doctor --address %s` checks it)",
+            current_address(),
+            current_address(),
+        )
     return current_address()
+
+
+def ask_without_token(address: str) -> str:
+    """Ask a cluster who is in it; to be run where ``RAY_AUTH_MODE`` is ``disabled``.
+
+    Returns
+    -------
+    str
+        ``open`` if the cluster answers, ``closed`` if it wants a token, or what went wrong.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        GcsClient(address=address).get_all_node_info(timeout=_ASK_S)
+    except AuthenticationError:
+        return "closed"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "open"
 
 
 def current_address() -> str:
