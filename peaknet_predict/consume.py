@@ -142,9 +142,9 @@ def drain(
             while not ended and not stop.is_set():
                 taken, ended = reader.get(group, _EVENTS_PER_GET, _WAIT_S)
                 report.taken += len(taken)
-                before = {who for one in taken if one.id for who in reader.lost_by(one.id)}
+                before = {holder for one in taken if one.id for holder in reader.lost_by(one.id)}
                 if before:
-                    storage.settle(partial(writer.fence, before))
+                    storage.settle(partial(writer.take_over_from, before))
                 for item in taken:
                     storage.write(item)
                 if reader.flush_wanted:

@@ -132,7 +132,7 @@ class CxiDirectory:
         self._note(path.name, summary, ids)
         return path
 
-    def fence(self, owners: Iterable[str]) -> None:
+    def take_over_from(self, owners: Iterable[str]) -> None:
         """Delete the unfinished files of other writers, and find what they had finished before.
 
         `ANYONE` stands for all that share directory and prefix.
@@ -154,8 +154,8 @@ class CxiDirectory:
             raise write_error(self.path, error, "Nothing was written. ") from error
 
     def look_again(self) -> None:
-        """Read what other writers have finished meanwhile; raises as `fence`."""
-        self.fence([])
+        """Read what other writers have finished meanwhile; raises as `take_over_from`."""
+        self.take_over_from([])
 
     def summary_of(self, name: str) -> CxiSummary | None:
         """Return what a finished file holds, of any prefix; None if that cannot be told.
@@ -169,7 +169,7 @@ class CxiDirectory:
             try:
                 self._note(name, *read_summary(self.path / name))
             except FileNotFoundError:
-                return None  # somebody has just taken it away
+                return None  # it has just been taken away
             except (OSError, KeyError, RuntimeError) as error:
                 if getattr(error, "errno", None) is not None:
                     # Storage's fault and not the file's. Its events must not be written again.

@@ -31,7 +31,7 @@ class Journal:
     directory
         Where the CXI files are.
     prefix, run, writer
-        Of these files: their prefix, the run they belong to, and who writes them.
+        The prefix of those files, the run they belong to, and the process that writes them.
     fs
         The file system.
     """

@@ -35,8 +35,8 @@ class CxiWriter:
     replaced, even if two writers share directory and prefix. No signal interrupts any of this.
 
     An event is written once: what finished files of this prefix have is known from the start, and
-    looked up again when an event comes that another writer had before (`fence`). Events with too
-    few peaks go on record in a journal beside the files, many at a time.
+    looked up again in `take_over_from`. Events with too few peaks go on record in a journal beside
+    the files, many at a time.
 
     Parameters
     ----------
@@ -100,9 +100,7 @@ class CxiWriter:
         if not re.fullmatch(r"[^./\0][^/\0]*", prefix):
             raise ValueError(f"{prefix!r} is not a file name to start with")
         if min(events_per_file, max_peaks, max_file_bytes) < 1 or min_peaks < 0:
-            raise ValueError(
-                "events_per_file, max_peaks and max_file_bytes start at 1, min_peaks at 0"
-            )
+            raise ValueError("only min_peaks may be 0; the other numbers start at 1")
         if compression not in ("none", "gzip"):
             raise ValueError(f"compression is 'none' or 'gzip', not {compression!r}")
         self._directory = CxiDirectory(directory, prefix, owner, create)
@@ -138,8 +136,8 @@ class CxiWriter:
     def add(self, result: Result) -> list[EventId]:
         """Take one event, and write a file when one is full.
 
-        An event whose panels differ in number, shape or dtype from those in memory starts another
-        file. The event's arrays are kept until they are written: do not change them.
+        An event of another shape or dtype than those in memory starts another file. Its arrays are
+        kept until they are written: do not change them.
 
         Returns
         -------
@@ -173,15 +171,15 @@ class CxiWriter:
         return self._take_settled()
 
     @uninterrupted()
-    def fence(self, owners: Iterable[str]) -> list[EventId]:
+    def take_over_from(self, owners: Iterable[str]) -> list[EventId]:
         """Take over from writers that fell silent: call it before `add`-ing what they had.
 
         `ANYONE` among the ``owners`` stands for all that share directory and prefix.
 
-        Their unfinished files go, so that one of them that only slept cannot finish it any more;
-        what they had finished before is known from now on. Returns and raises as `flush`.
+        Their unfinished files go, so that a writer that only slept cannot finish one any more; what
+        they had finished before is known from now on. Returns and raises as `flush`.
         """
-        self._directory.fence(owners)
+        self._directory.take_over_from(owners)
         return self._take_settled()
 
     @uninterrupted()

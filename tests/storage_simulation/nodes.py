@@ -428,7 +428,7 @@ class Writer(Reader):
         assert isinstance(result, Result)
         assert np.array_equal(result.image, image_of(result.id.idx)), "not what was put"
         if held.lost_by:
-            self._settle(self.writer.fence(held.lost_by))
+            self._settle(self.writer.take_over_from(held.lost_by))
         self._tokens[result.id] = held.token
         settled = self.writer.add(result)
         self.held.pop(0)

@@ -192,7 +192,7 @@ def test_a_mask_that_stays_is_written_once_and_keeps_its_pixels_out_of_the_inten
         assert event.saturated.tolist() == [True, False]
 
 
-def test_values_that_mark_dead_pixels_are_masked_where_nobody_has_said_which_are_bad(
+def test_values_that_mark_dead_pixels_are_masked_where_a_result_has_no_mask(
     tmp_path: Path,
 ) -> None:
     image = np.full((1, 24, 32), 7, np.uint32)
@@ -496,7 +496,7 @@ def test_a_writer_that_only_slept_cannot_write_what_another_took_over(
         monkeypatch.setattr(os, "link", link)
         ours.discard(make_result(1).id)
         other = CxiWriter(tmp_path, owner="other")
-        other.fence(["sleeper"])
+        other.take_over_from(["sleeper"])
         other.add(make_result(1))
         other.close()
         link(*names)
@@ -511,18 +511,20 @@ def test_a_writer_that_only_slept_cannot_write_what_another_took_over(
 
 
 @pytest.mark.parametrize("owner", ["first", ANYONE])
-def test_who_takes_over_finds_what_the_other_had_finished(tmp_path: Path, owner: str) -> None:
+def test_a_writer_that_takes_over_finds_what_the_other_had_finished(
+    tmp_path: Path, owner: str
+) -> None:
     other = CxiWriter(tmp_path, owner="other")
     first = CxiWriter(tmp_path, owner="first", events_per_file=1)
     first.add(make_result(0))  # and is killed before it can say so
     (tmp_path / ".peaks.first.1234.tmp").touch()
-    other.fence([owner])
+    other.take_over_from([owner])
     assert not list(tmp_path.glob(".*.tmp"))
     assert [key.idx for key in other.add(make_result(0))] == [0]
     assert other.statistics.duplicates == 1
 
 
-def test_who_is_taken_over_behind_the_name_leaves_the_file(
+def test_a_writer_that_is_taken_over_behind_the_name_leaves_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, other = (CxiWriter(tmp_path, owner=owner) for owner in ("slow", "other"))
@@ -530,7 +532,7 @@ def test_who_is_taken_over_behind_the_name_leaves_the_file(
 
     def link_and_sleep(source: Any, target: Any) -> None:
         link(source, target)
-        other.fence(["slow"])  # deletes the temporary name, and counts on the final one
+        other.take_over_from(["slow"])  # deletes the temporary name, and counts on the final one
 
     with monkeypatch.context() as slept:
         slept.setattr(os, "link", link_and_sleep)
@@ -555,10 +557,10 @@ def test_a_finished_file_that_cannot_be_read_for_a_moment_is_not_written_again(
     with monkeypatch.context() as broken:
         broken.setattr(cxi_directory, "read_summary", fails)
         with pytest.raises(CxiWriteError, match="Input/output error"):
-            writer.fence(["other"])
+            writer.take_over_from(["other"])
         with pytest.raises(CxiWriteError, match="Input/output error"):
             CxiWriter(tmp_path)
-    writer.fence(["other"])
+    writer.take_over_from(["other"])
     assert "peaks_0007.cxi does not say which events are in it" in caplog.text
     assert writer.add(make_result(0)) == [make_result(0).id]
     assert writer.statistics.duplicates == 1

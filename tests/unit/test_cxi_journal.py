@@ -131,7 +131,7 @@ def test_a_writer_reads_the_journals_of_others(tmp_path: Path) -> None:
     assert second.statistics.filtered == second.statistics.filtered_elsewhere == 2
     add(first, 3)
     first.flush()
-    second.fence(["first"])
+    second.take_over_from(["first"])
     add(second, 4)
     assert second.add(Result(keys(3)[0], image, none, 9e3)) == keys(3), "there already"
     assert second.close() == keys(4)
