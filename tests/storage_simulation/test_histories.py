@@ -14,8 +14,8 @@ def test_no_history_loses_doubles_or_damages_an_event() -> None:
 
 
 def test_a_planted_fault_is_found_and_its_history_shortened() -> None:
-    with PLANTED["damaged_file"]():
-        failure = run_many(range(20), steps=100).failure
+    with PLANTED["filtered_in_memory"]():
+        failure = run_many(range(20), steps=150).failure
         assert failure is not None
         shortest = shrink(failure)
     assert isinstance(shortest, Failure)
