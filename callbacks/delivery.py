@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from peaknet_predict.callbacks.ledger import Ledger
 from peaknet_predict.callbacks.outbox import Outbox
-from peaknet_predict.data import QueueDataset
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.in_flight import PendingPeaks
-from peaknet_predict.types import Refusal, Result
+from peaknet_predict.types import Result
 
 
 class Delivery:
@@ -88,11 +88,7 @@ class Delivery:
     def _collect(self) -> None:
         """Fetch the oldest batch's result; push when enough batches are together."""
         peak_batch = self._pending.popleft().result()
-        results, refused = peak_batch.results, list(peak_batch.refused)
-        blind = [result for result in results if result.bad_pixels >= result.image.size]
-        if blind:
-            results = [result for result in results if result.bad_pixels < result.image.size]
-            refused += [Refusal(result.id, "no pixel of the image is finite") for result in blind]
+        results, refused = peak_batch.results, peak_batch.refused
         self._results += results
         self._ledger.count(results, refused)
         if refused and self._dataset is not None:

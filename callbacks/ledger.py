@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peaknet_predict.data import QueueDataset
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
 from peaknet_predict.queues import Admin, QueueError
 from peaknet_predict.types import Refusal, Result

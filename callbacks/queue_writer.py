@@ -15,7 +15,8 @@ from peaknet_predict.callbacks.delivery import Delivery
 from peaknet_predict.callbacks.ledger import Ledger
 from peaknet_predict.callbacks.outbox import Outbox
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
-from peaknet_predict.data import QueueDataModule, QueueDataset
+from peaknet_predict.data import QueueDataModule
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
@@ -135,6 +136,8 @@ class QueueWriter(BasePredictionWriter):
             Delivery(outbox, ledger, dataset, self.accumulation_steps, self._check_waiting),
             SignOff(queue, roster, group, producer, rank, world_size, self.num_consumers),
         )
+        if dataset is not None:
+            dataset.results_go_on = True
         self._run.sign_off.begin()
 
     def _connect_one_by_one(self, trainer: L.Trainer, run: str) -> tuple[Queue, Roster | None]:

@@ -22,6 +22,7 @@ from peaknet_predict.slots import CpuSlot, Found, GpuSlot, Slot
 from peaknet_predict.types import EventBatch, PeakBatch, Peaks, Refusal, Result
 
 _OVERFLOWED = "the network's logits are NaN or infinite"
+_BLIND = "no pixel of the image is finite"
 _NO_BITS: Bits = np.empty(0, np.uint8)
 
 
@@ -49,7 +50,7 @@ class PendingPeaks:
         slot: Slot | None = None,
         collect: Callable[[EventBatch, Found], PeakBatch] | None = None,
     ) -> None:
-        self._batch = batch
+        self._batch: EventBatch | None = batch
         self._refused = refused
         self._slot = slot
         self._collect = collect
@@ -69,10 +70,11 @@ class PendingPeaks:
         """
         if self._result is None:
             found = PeakBatch([])
-            if self._slot is not None and self._collect is not None:
+            if self._slot is not None and self._collect is not None and self._batch is not None:
                 found = self._collect(self._batch, self._slot.result())
             self._result = PeakBatch(found.results, self._refused + found.refused)
             self._slot = None  # it belongs to another batch now
+            self._batch = None  # with its copy of the pixels
         return self._result
 
 
@@ -128,10 +130,14 @@ class Ring:
         prepared_panels = self._preprocess.output_shape(shape_PHW)[0]
         peaks_of_events = found.table.split(prepared_panels, len(events))
         collected = PeakBatch([])
+        blind: list[Refusal] = []
         last: Bits | None = None
         for k, (event, peaks) in enumerate(zip(events, peaks_of_events, strict=True)):
             if found.overflowed[k]:
                 collected.refused.append(Refusal(event.id, _OVERFLOWED))
+                continue
+            if found.bad_pixels[k] >= event.image.size:
+                blind.append(Refusal(event.id, _BLIND))
                 continue
             original, _ = self._preprocess.to_original(peaks, shape_PHW)
             if found.bad_pixels[k]:
@@ -157,6 +163,7 @@ class Ring:
                 )
             )
         self._check_finite(collected)
+        collected.refused += blind  # no fault of the network's
         return collected
 
     def _check_finite(self, collected: PeakBatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -90,7 +91,14 @@ class PredictCLI(LightningCLI):
             self.parser.error(str(error))
 
     def before_predict(self) -> None:
-        """Refuse a network of random weights before anything is started."""
+        """Refuse a run without a writer or with random weights before anything is started."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(one, BasePredictionWriter) for one in callbacks):
+            self.parser.error(
+                "no QueueWriter among trainer.callbacks: results would go nowhere. A list of "
+                "callbacks in a later -c, or --trainer.callbacks, replaces the whole list: name "
+                "the QueueWriter there too, or add to the list with callbacks+"
+            )
         if isinstance(self.model, PeakNetModule):
             self.model.provenance.check()
 

@@ -116,7 +116,8 @@ class Result:
     id
         Identity of the event.
     image
-        (P, H, W) or (H, W): the original pixels, exactly as received.
+        (P, H, W) or (H, W): the original pixels, exactly as received. Empty where a prediction
+        without a `QueueWriter` returns its results (`drop_pixels`).
     peaks
         (M, 3) float64, see `Peaks`.
     photon_energy
@@ -151,6 +152,11 @@ class Result:
         """Size of the payload in bytes, by which a queue bounds its memory."""
         bits = 0 if self.bad_bits is None else self.bad_bits.nbytes
         return int(self.image.nbytes + self.peaks.nbytes + bits)
+
+    def drop_pixels(self) -> None:
+        """Let go of pixels and mask; the image is then empty: (P, 0, 0) or (0, 0)."""
+        self.image = np.empty((*self.image.shape[:-2], 0, 0), self.image.dtype)
+        self.bad_bits = None
 
     def bad_mask(self) -> npt.NDArray[np.bool_] | None:
         """Return the mask of bad pixels, bool of the image's shape; None if there are none.

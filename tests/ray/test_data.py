@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peaknet_predict.data import QueueDataset
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.feed import push
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.sources import EventSource, Simulator

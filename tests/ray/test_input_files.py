@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from peaknet_predict.data import QueueDataset
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.feed import push
 from peaknet_predict.pixels import unpack_mask
 from peaknet_predict.queues import QueueAddress, connect_queue

@@ -18,7 +18,8 @@ from peaknet_predict.callbacks.cxi_output import CxiOutput
 from peaknet_predict.callbacks.planted_score import PlantedPeakScore
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.callbacks.rate_log import RateLog
-from peaknet_predict.data import QueueDataModule, QueueDataset
+from peaknet_predict.data import QueueDataModule
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import MergeBatchChannelDims
 from peaknet_predict.process.balance import BalanceError
@@ -313,3 +314,72 @@ def test_after_what_is_held_was_given_back_nothing_more_is_taken(cluster: Memory
     now = queue.admin.statistics()
     assert now is not None
     assert (now.ready, now.leased) == (9, 0)
+
+
+def without_writer(cluster: MemoryCluster, tmp_path: Path, **settings: Any) -> Rig:
+    rig = Rig(cluster, tmp_path, **settings)
+    rig.trainer.callbacks.remove(rig.writer)  # type: ignore[attr-defined]
+    return rig
+
+
+def test_a_prediction_from_python_without_a_writer_ends_and_returns_peaks_without_pixels(
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    rig = without_writer(cluster, tmp_path, source=Dots(blind=(2,)))
+    for run in (1, 2):
+        found: Any = rig.trainer.predict(rig.module, rig.data)
+        assert rig.counts("in") == (run * (EVENTS - 1), run, 0, 0)
+        results = [result for handle in found for result in handle.result().results]
+        assert [result.id.idx for result in results] == [0, 1, 3, 4, 5, 6]
+        assert [result.peaks.tolist() for result in results][:2] == [[[0, 10, 1]], [[0, 10, 2]]]
+        assert sum(result.image.nbytes for result in results) == 0
+    assert "its result is with this process alone" in said.text
+    assert f"received {EVENTS} = predicted {EVENTS - 1} + refused 1" in said.text
+
+
+def test_a_callback_of_the_users_finds_pixels_and_peaks(
+    cluster: MemoryCluster, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    class Mine(L.Callback):
+        def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *more: Any) -> None:
+            seen.extend((r.image.max(), len(r.peaks)) for r in outputs.result().results)
+
+    without_writer(cluster, tmp_path, callbacks=[Mine()]).predict()
+    assert seen == [(100.0, 1)] * EVENTS
+
+
+def test_a_prediction_without_a_writer_that_fails_gives_back_what_it_holds(
+    cluster: MemoryCluster, tmp_path: Path
+) -> None:
+    rig = without_writer(cluster, tmp_path)
+    rig.net.before[3] = fail
+    with pytest.raises(RuntimeError, match="boom"):
+        rig.predict()
+    acknowledged, quarantined, ready, leased = rig.counts("in")
+    assert (acknowledged, quarantined, leased) == (4, 0, 0)
+    assert ready > 0
+
+
+def test_a_prediction_without_a_writer_says_when_its_stream_is_incomplete(
+    cluster: MemoryCluster, tmp_path: Path
+) -> None:
+    producer = cluster.connect_queue(QueueAddress("in"), "events").producer
+    producer.open("p")
+    producer.put("p", [shot(0, [], (1, 32, 32))])
+    producer.close("p", "the tape has been eaten")
+    rig = without_writer(cluster, tmp_path, source=None)
+    with pytest.raises(BalanceError, match="incomplete: .*the tape has been eaten"):
+        rig.predict()
+
+
+def test_batches_may_be_limited_where_nothing_is_written(
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    rig = without_writer(cluster, tmp_path)
+    rig.trainer.limit_predict_batches = 2
+    assert len(rig.trainer.predict(rig.module, rig.data) or []) == 2
+    assert rig.counts("in")[0] == 4
+    assert rig.counts("in")[3] == 0
+    assert "limit_predict_batches" in said.text

@@ -14,7 +14,8 @@ import pytest
 
 from peaknet_predict.callbacks.cxi_output import CxiOutput
 from peaknet_predict.callbacks.queue_writer import QueueWriter
-from peaknet_predict.data import QueueDataModule, QueueDataset
+from peaknet_predict.data import QueueDataModule
+from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.process.balance import BalanceError, SurvivedError
 from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.types import Event, EventBatch, EventId, PeakBatch, Result

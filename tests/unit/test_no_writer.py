@@ -1,0 +1,44 @@
+"""A configuration that leaves nobody to take the results is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peaknet_predict.cli import main
+from peaknet_predict.doctor import doctor
+from tests.helpers.paths import CONFIGS
+
+SHIPPED = [
+    CONFIGS / "demo.yaml",
+    CONFIGS / "models" / "snr.yaml",
+    CONFIGS / "topology" / "cpu.yaml",
+]
+REASON = "no QueueWriter among trainer.callbacks: results would go nowhere"
+ONLY_RATES = "[{class_path: peaknet_predict.callbacks.rate_log.RateLog}]"
+
+
+def words(*configs: Path) -> list[str]:
+    return [word for config in configs for word in ("-c", str(config))]
+
+
+@pytest.mark.parametrize("callbacks", ["null", "[]", ONLY_RATES])
+def test_on_the_command_line(callbacks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *words(*SHIPPED), "--trainer.callbacks", callbacks])
+    assert stop.value.code == 2
+    assert REASON in capsys.readouterr().err
+
+
+def test_in_a_second_configuration_and_doctor_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"trainer: {{callbacks: {ONLY_RATES}}}")
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *words(*SHIPPED, mine)])
+    assert stop.value.code == 2
+    assert REASON in capsys.readouterr().err
+    assert doctor(configs=[str(config) for config in [*SHIPPED, mine]]) == 1
+    assert REASON in capsys.readouterr().out
