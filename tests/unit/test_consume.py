@@ -205,9 +205,12 @@ def test_while_the_disk_is_full_nothing_is_acknowledged_and_nothing_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(consume, "_RETRY_S", 0.001)
-    full_disk_for(9, monkeypatch)
     state = queue_of(results(0, 90))
-    report = run(tmp_path, state, "w")
+    reader = StateReader(state, "w")
+    writer = writer_on(tmp_path, reader)
+    full_disk_for(9, monkeypatch)
+    report = drain(reader, writer)
+    writer.account.write_balance(report, {})
     assert caplog.text.count("trying again") >= 9
     assert report.balanced
     assert (report.cxi.written, report.cxi.filtered, report.cxi.duplicates) == (45, 45, 0)

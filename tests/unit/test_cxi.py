@@ -431,8 +431,8 @@ def test_killed_in_the_middle_leaves_no_final_file(
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tests.unit.test_cxi import CxiWriter, make_result
-os.fsync = lambda _: os._exit(9)
 writer = CxiWriter({str(tmp_path)!r})
+os.fsync = lambda _: os._exit(9)
 writer.add(make_result())
 writer.flush()
 """
