@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -24,6 +25,10 @@ from peaknet_predict.output_options import (
 from peaknet_predict.process.files import expanded
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
+
+# Where mpi4py is installed, Lightning starts MPI to see whether mpirun started the process. Here it
+# never did: ranks meet by themselves, and MPI would open sockets of its own in each of them.
+MPIEnvironment.detect = staticmethod(lambda: False)  # type: ignore[method-assign]
 
 _HARMLESS_WARNINGS = (
     # The batch's identity travels in the batch itself.

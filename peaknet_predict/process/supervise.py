@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ _SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
 
 # -P: a file in the working directory must not take the place of a library.
 _COMMAND = (sys.executable, "-P", "-m", "peaknet_predict")
+_LOOPBACK = "127.0.0.1"
 _LOOK_S = 0.2
 _MARGIN_S = 15.0  # beyond the grace, before ranks that do not end are killed
 _HUNG_S = 900.0  # after a rank has seen the end of the stream, the others have nothing to wait for
@@ -49,6 +51,11 @@ class Layout:
     node_rank: int
     main_address: str
     main_port: int
+
+    @property
+    def meets_at(self) -> str:
+        """Where the ranks meet: nowhere that another machine can reach, if this has all of them."""
+        return _LOOPBACK if self.local_ranks == self.world_size else self.main_address
 
 
 def stay_with_supervisor() -> None:
@@ -126,7 +133,7 @@ class _Ranks:
         self._reported: set[int] = set()
         self._ended_at: float | None = None
         shared = {
-            "MASTER_ADDR": layout.main_address,
+            "MASTER_ADDR": layout.meets_at,
             "MASTER_PORT": str(layout.main_port),
             "NODE_RANK": str(layout.node_rank),
             "WORLD_SIZE": str(layout.world_size),
@@ -135,6 +142,9 @@ class _Ranks:
             _STARTED: str(started),
             _SUPERVISOR: str(os.getpid()),
         }
+        if layout.meets_at == _LOOPBACK:
+            # The ranks' own sockets too, which no token protects either.
+            shared |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self._processes = [
             subprocess.Popen(
                 [*_COMMAND, *words],
@@ -210,20 +220,37 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _meeting_point(layout: Layout) -> Iterator[None]:
-    """Keep the store where the ranks find each other, on the first machine."""
+    """Keep the store where the ranks find each other, on the first machine.
+
+    By itself torch would listen on every address, for everyone: the store knows no token.
+    """
     from torch import distributed
 
     store = None
     if layout.node_rank == 0:
+        listening = _listen(layout.meets_at, layout.main_port)
         store = distributed.TCPStore(  # type: ignore[attr-defined]
-            layout.main_address,
+            layout.meets_at,
             layout.main_port,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(minutes=5),
+            master_listen_fd=listening.detach(),
         )
     yield
     del store
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Listen at one address of this machine, and at no other."""
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address, port), family=family)
+    except OSError as error:
+        raise OSError(
+            f"the ranks cannot meet at {address}:{port} ({error.strerror}): set MASTER_ADDR to an "
+            "address of the first machine and MASTER_PORT to a free port there"
+        ) from error
 
 
 def _is_stopped(pid: int) -> bool:

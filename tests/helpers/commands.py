@@ -20,15 +20,16 @@ HANGS_S = 600.0
 def environment(**more: str) -> dict[str, str]:
     """Return a user's environment: what this process's own cluster has set must not help."""
     own = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **more}
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), more.pop("PYTHONPATH", None))))
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 
-def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    """Start ``peaknet-predict`` with these words."""
+def start(*words: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start ``peaknet-predict`` with these words, and these variables besides a user's."""
     return subprocess.Popen(
         [COMMAND, *map(str, words)],
         cwd=cwd,
-        env=environment(),
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
