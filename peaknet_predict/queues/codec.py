@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from peaknet_predict.queues.records import ForeignItem, Opaque, Record
+from peaknet_predict.queues.records import ForeignItem, Record
+from peaknet_predict.queues.wire import Opaque
 from peaknet_predict.types import Event, EventId, Result
 
 Buffer = bytes | memoryview

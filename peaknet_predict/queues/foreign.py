@@ -17,10 +17,11 @@ from typing import Any
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.foreign_streams import ForeignStreams
 from peaknet_predict.queues.quarantine import Quarantine
-from peaknet_predict.queues.records import END_MARKER, Kind, Opaque, sanitized
+from peaknet_predict.queues.records import END_MARKER, Kind, sanitized
 from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import (
+    Opaque,
     event_to_item,
     item_to_event,
     item_to_results,

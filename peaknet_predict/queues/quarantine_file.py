@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peaknet_predict.queues.records import Opaque
-from peaknet_predict.queues.wire import described, printable
+from peaknet_predict.queues.wire import Opaque, described, printable
 from peaknet_predict.types import Event, Result
 
 _TEXT = 10_000  # characters kept of an object that is no array

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from peaknet_predict.queues.wire import described, named
+from peaknet_predict.queues.wire import Opaque, described, named
 from peaknet_predict.types import Event, EventId, Result, identity_problem
 
 Kind = Literal["events", "results"]
@@ -21,19 +21,6 @@ _DEPTH = 4  # of lists in lists; what is deeper is no event
 _TEXT = 1000  # characters kept of an object that is none of ours
 _LONGEST_INTEGER = 4096  # bits
 _PLAIN = frozenset({type(None), bool, float, complex, str, bytes})
-
-
-@dataclass(slots=True)
-class Opaque:
-    """Stands for an object of a class that other processes may not know: its type and its text.
-
-    Handed on as it came, it would raise in every process that takes it.
-    """
-
-    description: str
-
-    def __repr__(self) -> str:
-        return self.description
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,19 @@ def _as_float(value: Any) -> float:
         return math.nan
 
 
+@dataclass(slots=True)
+class Opaque:
+    """Stands for an object of a class that other processes may not know: its type and its text.
+
+    Handed on as it came, it would raise in every process that takes it.
+    """
+
+    description: str
+
+    def __repr__(self) -> str:
+        return self.description
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an ndarray of shape {value.shape}"
@@ -148,6 +162,8 @@ class _Short(reprlib.Repr):
 
 def described(value: Any, length: int) -> str:
     """Return the type of any object and the beginning of its text, on one line; never raises."""
+    if isinstance(value, Opaque):
+        return value.description[:length]
     try:
         text = _Short().repr(value)
     except Exception as error:

@@ -355,7 +355,7 @@ def test_bad_values_are_one_line_not_a_traceback(tmp_path: Path) -> None:
     no_gpu = ("--trainer.accelerator", "gpu", "--trainer.devices", 99)
     for words, reason in [
         (("predict", *model, *no_gpu), "`peaknet-predict doctor` says what this machine has"),
-        (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be positive"),
+        (("write-cxi", *name, "--directory", "x", "--queue.max_events", 0), "must be at least 1"),
         (("feed", *name, "--source", "NpzSource", "--source.path", "no.npz"), "no.npz"),
     ]:
         said = start(*words, cwd=tmp_path)

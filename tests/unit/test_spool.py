@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peaknet_predict.queues.records import Entry, ForeignItem, Opaque, entry_of
+from peaknet_predict.queues.records import Entry, ForeignItem, entry_of
 from peaknet_predict.queues.spool import Spool, SpoolError
+from peaknet_predict.queues.wire import Opaque
 from peaknet_predict.types import Event, EventId, Result
 from tests.helpers.failing_disk import FailingDisk
 
