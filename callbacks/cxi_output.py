@@ -134,7 +134,7 @@ class CxiOutput(L.Callback):
         if again:
             # One that resumes wants its directory to be there, and the earlier one need not have
             # come to make it.
-            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            Path(self.directory).mkdir(exist_ok=True)
         return run_in_cluster(
             write_cxi,
             writer.queue_address,

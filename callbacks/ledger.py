@@ -44,6 +44,8 @@ class Ledger:
     ----------
     predicted, refused, hits, peaks
         Counts.
+    path
+        File of this rank's record; None if there is none.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Ledger:
         self._rank = rank
         self._min_hit_peaks = min_hit_peaks
         self._network = network
-        self._path = None if path is None else path_of_rank(path, rank)
+        self.path = None if path is None else path_of_rank(path, rank)
         self._last_refusal: Refusal | None = None
         # Appended to by one thread while another one takes percentiles of a copy.
         self._latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
@@ -145,6 +147,13 @@ class Ledger:
             level = logging.INFO if queue.leases else logging.WARNING
             log.log(level, "promise of the %s queue: %s", name, queue.promise)
 
+    def draft(self) -> dict[str, Any]:
+        """Return the record as far as this process knows it without asking a queue."""
+        stages: dict[str, Any] = {
+            name: {"promise": queue.promise} for name, queue in self._queues().items()
+        }
+        return {"other_ranks": None, "stages": stages | {"predict": self._counts()}}
+
     def write(self, problem: str | None, other_ranks: str | None) -> None:
         """Write the record, as JSON; what a queue can no longer say is left out, with the reason.
 
@@ -155,15 +164,9 @@ class Ledger:
         other_ranks
             What is wrong with other ranks.
         """
-        if self._path is None:
+        if self.path is None:
             return
-        counts = {
-            "rank": self._rank,
-            "received": self.received,
-            "predicted": self.predicted,
-            "quarantined": self.refused,
-            "given_back": self.left,
-        }
+        counts = self._counts()
         queues = {name: _said_by(queue) for name, queue in self._queues().items()}
         # In the order in which the data flow.
         stages: dict[str, Any] = {
@@ -178,9 +181,18 @@ class Ledger:
             "stages": stages,
         }
         try:
-            write_balance(self._path, record)
+            write_balance(self.path, record)
         except OSError as error:
-            log.error("the balance could not be written to %s: %s", self._path, error)
+            log.error("the balance could not be written to %s: %s", self.path, error)
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "rank": self._rank,
+            "received": self.received,
+            "predicted": self.predicted,
+            "quarantined": self.refused,
+            "given_back": self.left,
+        }
 
     @property
     def _leases_input(self) -> bool:

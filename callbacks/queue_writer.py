@@ -22,12 +22,16 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.process.files import expanded
+from peaknet_predict.process.last_words import LastWords
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import ClusterError, Queue, QueueAddress, QueueError, connect_queue
+from peaknet_predict.queues.cluster import vital_signs
 from peaknet_predict.queues.roster import Roster, connect_roster
 from peaknet_predict.types import EventBatch, Result
 
 log = logging.getLogger(__name__)
+
+_NEXT_STEP = "Look at the cluster (`ray status`), and start again with --data.init_args.resume true"
 
 
 @dataclass
@@ -38,6 +42,7 @@ class _Run:
     ledger: Ledger
     delivery: Delivery
     sign_off: SignOff
+    last_words: LastWords
     stop: StopRequest = field(default_factory=StopRequest)
     ended: bool = False
 
@@ -135,7 +140,9 @@ class QueueWriter(BasePredictionWriter):
             ledger,
             Delivery(outbox, ledger, dataset, self.accumulation_steps, self._check_waiting),
             SignOff(queue, roster, group, producer, rank, world_size, self.num_consumers),
+            LastWords(f"predict (rank {rank})", ledger.path, _NEXT_STEP, vital_signs()),
         )
+        self._run.last_words.note(ledger.draft)
         if dataset is not None:
             dataset.results_go_on = True
         self._run.sign_off.begin()
@@ -179,7 +186,9 @@ class QueueWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Take over the batch's handle and push what is finished, in order."""
-        delivery = self._this_run().delivery
+        run = self._this_run()
+        delivery = run.delivery
+        run.last_words.note(run.ledger.draft)
         try:
             delivery.add(prediction)
             if not batch.events and not batch.refused:
@@ -241,9 +250,11 @@ class QueueWriter(BasePredictionWriter):
         ending = Ending(problem, None, None)
         try:
             ending = run.sign_off.end(problem, run.input_ended, at_once)
-        finally:
             run.ended = True
+        finally:
+            # Also if a second signal ends it: then it is called again, at once.
             run.ledger.write(ending.problem, ending.other_ranks)
+            run.last_words.done()
         return ending
 
     def _accepted(self, results: list[Result]) -> None:

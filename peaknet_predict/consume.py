@@ -6,13 +6,16 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.process.balance import queue_balance
 from peaknet_predict.process.files import expanded
+from peaknet_predict.process.last_words import LastWords
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests, uninterrupted
 from peaknet_predict.queues import (
     QueueAddress,
@@ -21,7 +24,7 @@ from peaknet_predict.queues import (
     connect_queue,
     warn_of_leftovers,
 )
-from peaknet_predict.queues.cluster import connect
+from peaknet_predict.queues.cluster import connect, vital_signs
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,10 @@ log = logging.getLogger(__name__)
 _WAIT_S = 1.0
 _EVENTS_PER_GET = 16  # bounds what is taken from the queue beyond what the writer holds
 _RETRY_S = 5.0
+_NEXT_STEP = (
+    "Look at the cluster (`ray status`), and start again with --resume true: the balance then "
+    "counts the files of both"
+)
 
 
 def write_cxi(
@@ -81,6 +88,7 @@ def write_cxi(
     results = connect_queue(queue, "results", resumes=resume)
     warn_of_leftovers(results.admin, queue.name)
     group = _new_group()
+    run = results.reader.join(group)
     writer = CxiWriter(
         directory,
         prefix,
@@ -89,13 +97,30 @@ def write_cxi(
         max_peaks=max_peaks,
         compression=compression,
         create=not resume,
-        run=results.reader.join(group),
+        run=run,
         owner=results.reader.holder,
         still_ours=results.reader.still_held,
     )
     report = ConsumeReport(cxi=writer.statistics)
+    last_words = LastWords(
+        f"write-cxi ({prefix})",
+        Path(directory) / f"{prefix}_balance.json",
+        _NEXT_STEP,
+        vital_signs(),
+    )
+
+    def record() -> dict[str, Any]:
+        files = asdict(report)
+        del files["cxi"]["files"], files["run_files"]  # they grow, and are in the directory
+        output = {"promise": results.admin.promise}
+        return {"run": run, "stages": {"output": output, "files": files}, "writers": {}}
+
+    def note() -> None:
+        last_words.note(record)
+
+    note()
     try:
-        return drain(results.reader, writer, grace_s, group, report)
+        return drain(results.reader, writer, grace_s, group, report, note)
     except BaseException as error:
         report.problem = f"{type(error).__name__}: {error}"
         raise
@@ -108,6 +133,7 @@ def write_cxi(
             writer.account.write_balance(report, {"output": output})
         except OSError as error:
             log.error("the balance could not be written: %s", error)
+        last_words.done()
 
 
 def drain(
@@ -116,6 +142,7 @@ def drain(
     grace_s: float = GRACE_S,
     group: str | None = None,
     report: ConsumeReport | None = None,
+    note: Callable[[], None] = lambda: None,
 ) -> ConsumeReport:
     """Write everything that comes out of a connected queue until its stream ends.
 
@@ -131,6 +158,8 @@ def drain(
         The consumer group, if the reader has joined the stream already.
     report
         Where to count, for a caller that wants to know even if this raises.
+    note
+        Called now and then, when something has been counted.
     """
     report = report or ConsumeReport(cxi=writer.statistics)
     report.interrupted = True  # until the end has been seen
@@ -142,6 +171,7 @@ def drain(
             while not ended and not stop.is_set():
                 taken, ended = reader.get(group, _EVENTS_PER_GET, _WAIT_S)
                 report.taken += len(taken)
+                note()
                 before = {holder for one in taken if one.id for holder in reader.lost_by(one.id)}
                 if before:
                     storage.settle(partial(writer.take_over_from, before))

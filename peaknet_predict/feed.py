@@ -9,18 +9,26 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
 from peaknet_predict.process.files import expanded
+from peaknet_predict.process.last_words import LastWords
 from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
-from peaknet_predict.queues.cluster import connect
+from peaknet_predict.queues.cluster import connect, vital_signs
 from peaknet_predict.sources import EventSource, SkippedFile
 from peaknet_predict.types import Event, EventId, identity_problem
 
 log = logging.getLogger(__name__)
+
+_NEXT_STEP = (
+    "Look at the cluster (`ray status`), and start again with the same --stream: it goes on behind "
+    "the last event that the queue has"
+)
 
 EVENTS_PER_PUT = 8
 """At most so many travel together: enough to hide a call, few enough to start the reader early."""
@@ -150,6 +158,17 @@ def push(
     started = time.monotonic()
     read = fed = 0
     failure: str | None = "the producer ended early"
+
+    def record() -> dict[str, Any]:
+        report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
+        return {"stages": {"feed": _counts(report, rank, first, source.skipped)}}
+
+    path = None if balance is None else path_of_rank(balance, rank)
+    last_words = None
+    if path is not None:
+        who = f"feed (stream {stream}, rank {rank})"
+        last_words = LastWords(who, path, _NEXT_STEP, vital_signs())
+        last_words.note(record)
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
@@ -165,30 +184,32 @@ def push(
                     event.put_at = time.time()
                 fed += queue.producer.put(producer, batch, stop)
                 put_s = time.monotonic() - began
+                if last_words is not None:
+                    last_words.note(record)
             # A signal that comes with the last event has interrupted nothing.
             failure = "interrupted" if fed < read else None
         except BaseException as error:
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            queue.producer.close(producer, failure)
-            report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
-            if balance is not None:
-                _write_balance(balance, queue, report, rank, first, failure, source.skipped)
+            try:
+                queue.producer.close(producer, failure)
+            except QueueError as error:
+                failure = failure or f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                report = FeedReport(stream, fed, time.monotonic() - started, failure is not None)
+                if path is not None and last_words is not None:
+                    counts = _counts(report, rank, first, source.skipped)
+                    _write_balance(path, queue, counts, failure)
+                    last_words.done()
     return report
 
 
-def _write_balance(
-    path: str,
-    queue: Queue,
-    report: FeedReport,
-    rank: int,
-    first: int,
-    problem: str | None,
-    skipped: Sequence[SkippedFile],
-) -> None:
-    """Write the record of this producer's run, as JSON."""
-    counts = {
+def _counts(
+    report: FeedReport, rank: int, first: int, skipped: Sequence[SkippedFile]
+) -> dict[str, Any]:
+    return {
         "stream": report.stream,
         "rank": rank,
         "fed": report.events,
@@ -196,10 +217,19 @@ def _write_balance(
         "seconds": report.seconds,
         "skipped_files": [asdict(file) for file in skipped],
     }
+
+
+def _write_balance(
+    path: Path, queue: Queue, counts: Mapping[str, Any], problem: str | None
+) -> None:
+    """Write the record of this producer's run, as JSON; also if the queue is gone."""
     try:
-        stages = {"feed": counts, "input": queue_balance(queue.admin)}
-        write_balance(path_of_rank(path, rank), {"problem": problem, "stages": stages})
-    except (OSError, QueueError) as error:
+        there = queue_balance(queue.admin)
+    except QueueError as error:
+        there = {"promise": queue.admin.promise, "problem": str(error)}
+    try:
+        write_balance(path, {"problem": problem, "stages": {"feed": counts, "input": there}})
+    except OSError as error:
         log.error("the balance could not be written to %s: %s", path, error)
 
 

@@ -172,6 +172,17 @@ def current_address() -> str:
     return str(_ray().get_runtime_context().gcs_address)
 
 
+def vital_signs() -> dict[str, str]:
+    """Return what answers for as long as Ray lives: the head's address, this node's socket."""
+    ray = _ray()
+    here = ray.get_runtime_context().get_node_id()
+    signs = {"head": current_address()}
+    for node in ray.nodes():
+        if node["NodeID"] == here:
+            signs["node"] = node["RayletSocketName"]
+    return signs
+
+
 def known_actors() -> list[str]:
     """Return the named actors of the cluster, each with its namespace."""
     found = _ray().util.list_named_actors(all_namespaces=True)
