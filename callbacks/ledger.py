@@ -149,10 +149,9 @@ class Ledger:
 
     def draft(self) -> dict[str, Any]:
         """Return the record as far as this process knows it without asking a queue."""
-        stages: dict[str, Any] = {
-            name: {"promise": queue.promise} for name, queue in self._queues().items()
-        }
-        return {"other_ranks": None, "stages": stages | {"predict": self._counts()}}
+        return self._record(
+            {name: {"promise": one.promise} for name, one in self._queues().items()}
+        )
 
     def write(self, problem: str | None, other_ranks: str | None) -> None:
         """Write the record, as JSON; what a queue can no longer say is left out, with the reason.
@@ -166,32 +165,28 @@ class Ledger:
         """
         if self.path is None:
             return
-        counts = self._counts()
-        queues = {name: _said_by(queue) for name, queue in self._queues().items()}
-        # In the order in which the data flow.
-        stages: dict[str, Any] = {
-            name: queues.get(name, counts)
-            for name in ("input", "predict", "output")
-            if name in queues or name == "predict"
-        }
-        record = {
-            "problem": problem,
-            "other_ranks": other_ranks,
-            "network": self._network,
-            "stages": stages,
-        }
+        record = self._record({name: _said_by(one) for name, one in self._queues().items()})
+        record |= {"problem": problem, "other_ranks": other_ranks}
         try:
             write_balance(self.path, record)
         except OSError as error:
             log.error("the balance could not be written to %s: %s", self.path, error)
 
-    def _counts(self) -> dict[str, int]:
-        return {
+    def _record(self, queues: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return a record, its stages in the order in which the data flow."""
+        counts = {
             "rank": self._rank,
             "received": self.received,
             "predicted": self.predicted,
             "quarantined": self.refused,
             "given_back": self.left,
+        }
+        stages = queues | {"predict": counts}
+        return {
+            "problem": None,
+            "other_ranks": None,
+            "network": self._network,
+            "stages": {one: stages[one] for one in ("input", "predict", "output") if one in stages},
         }
 
     @property

@@ -142,7 +142,7 @@ class QueueWriter(BasePredictionWriter):
             SignOff(queue, roster, group, producer, rank, world_size, self.num_consumers),
             LastWords(f"predict (rank {rank})", ledger.path, _NEXT_STEP, vital_signs()),
         )
-        self._run.last_words.note(ledger.draft)
+        self._run.last_words.note(ledger.draft())
         if dataset is not None:
             dataset.results_go_on = True
         self._run.sign_off.begin()
@@ -188,11 +188,11 @@ class QueueWriter(BasePredictionWriter):
         """Take over the batch's handle and push what is finished, in order."""
         run = self._this_run()
         delivery = run.delivery
-        run.last_words.note(run.ledger.draft)
         try:
             delivery.add(prediction)
             if not batch.events and not batch.refused:
                 delivery.push()  # a reminder: a reader waits for what is here
+            run.last_words.note(run.ledger.draft())
         except StopIteration as error:
             # Lightning takes a StopIteration for the end of the data and reports success.
             raise RuntimeError("a result could not be fetched") from error

@@ -6,10 +6,10 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
@@ -109,14 +109,11 @@ def write_cxi(
         vital_signs(),
     )
 
-    def record() -> dict[str, Any]:
-        files = asdict(report)
-        del files["cxi"]["files"], files["run_files"]  # they grow, and are in the directory
-        output = {"promise": results.admin.promise}
-        return {"run": run, "stages": {"output": output, "files": files}, "writers": {}}
-
     def note() -> None:
-        last_words.note(record)
+        # The lists of files grow, and are in the directory.
+        counts = replace(report, cxi=replace(report.cxi, files=[]), run_files=[])
+        stages = {"output": {"promise": results.admin.promise}, "files": asdict(counts)}
+        last_words.note({"run": run, "stages": stages, "writers": {}})
 
     note()
     try:

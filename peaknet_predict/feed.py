@@ -168,7 +168,7 @@ def push(
     if path is not None:
         who = f"feed (stream {stream}, rank {rank})"
         last_words = LastWords(who, path, _NEXT_STEP, vital_signs())
-        last_words.note(record)
+        last_words.note(record())
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
@@ -185,7 +185,7 @@ def push(
                 fed += queue.producer.put(producer, batch, stop)
                 put_s = time.monotonic() - began
                 if last_words is not None:
-                    last_words.note(record)
+                    last_words.note(record())
             # A signal that comes with the last event has interrupted nothing.
             failure = "interrupted" if fed < read else None
         except BaseException as error:

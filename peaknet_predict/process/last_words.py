@@ -14,13 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peaknet_predict.process.balance import write_balance
 
-_EVERY_S = 1.0  # what was counted in the last second may be missing in the record
 _CONNECT_S = 3.0
 
 
@@ -47,7 +46,6 @@ class LastWords:
         next_step: str,
         vital_signs: Mapping[str, str] | None = None,
     ) -> None:
-        self._noted_at = float("-inf")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "peaknet_predict.process.last_words"],
             stdin=subprocess.PIPE,
@@ -65,12 +63,9 @@ class LastWords:
             }
         )
 
-    def note(self, record: Callable[[], Mapping[str, Any]], at_once: bool = False) -> None:
-        """Have a record ready, at most once a second; ``record`` is asked only then."""
-        now = time.monotonic()
-        if at_once or now - self._noted_at >= _EVERY_S:
-            self._noted_at = now
-            self._tell({"record": record()})
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Have a record ready, in the place of the one before; it costs some microseconds."""
+        self._tell({"record": record})
 
     def done(self) -> None:
         """Say that this process has said everything itself."""

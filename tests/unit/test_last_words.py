@@ -19,8 +19,8 @@ PROGRAM = """
 import os, sys
 from peaknet_predict.process.last_words import LastWords
 words = LastWords("predict (rank 1)", sys.argv[1], "Start again with resume.")
-words.note(lambda: {"other_ranks": None, "stages": {"predict": {"predicted": 3}}})
-words.note(lambda: {"stages": {"predict": {"predicted": 4}}})  # too soon after the first
+words.note({"other_ranks": None, "stages": {"predict": {"predicted": 3}}})
+words.note({"other_ranks": None, "stages": {"predict": {"predicted": 4}}})
 if sys.argv[2] == "is done":
     words.done()
 elif sys.argv[2] == "exits":
@@ -49,7 +49,7 @@ def test_a_sentence_and_a_record_if_it_could_not_say_that_it_is_done(
     assert "ERROR predict (rank 1) ended without a word: killed (SIGKILL)" in ended.stderr
     assert f"what it had counted is in {path}. Start again with resume." in ended.stderr
     record = json.loads(path.read_text())
-    assert record["stages"]["predict"]["predicted"] == 3
+    assert record["stages"]["predict"]["predicted"] == 4
     assert "ended without a word" in record["problem"]
 
 
@@ -102,5 +102,5 @@ def test_being_done_twice_is_no_error(tmp_path: Path) -> None:
     words = LastWords("feed", tmp_path / "balance.json", "Look.")
     words.done()
     words.done()
-    words.note(dict)
+    words.note({})
     assert list(tmp_path.iterdir()) == []
