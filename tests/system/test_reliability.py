@@ -39,7 +39,7 @@ def _take_and_sleep(address: QueueAddress) -> None:
 def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_own(
     address: QueueAddress, cluster: str
 ) -> None:
-    address = replace(address, lease_s=1.5)
+    address = replace(address, lease_s=4.0)
     queue = connect_queue(address, "events")
     queue.producer.open("p")
     queue.producer.put("p", [event(i) for i in range(5)])
@@ -48,14 +48,14 @@ def test_what_a_killed_reader_held_goes_to_another_and_a_living_one_keeps_its_ow
         f"from peaknet_predict.queues.cluster import connect; connect({cluster!r})\n"
         "from peaknet_predict.queues import QueueAddress\n"
         "from tests.system.test_reliability import _take_and_sleep\n"
-        f"_take_and_sleep(QueueAddress({address.name!r}, lease_s=1.5))"
+        f"_take_and_sleep(QueueAddress({address.name!r}, lease_s=4.0))"
     )
     reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert reader.stdout is not None
     assert reader.stdout.readline() == "3\n"
     mine, _ = queue.reader.get("r", 9, 1.0)
     assert [one.id.idx for one in mine if one.id] == [3, 4]
-    time.sleep(3.0)
+    time.sleep(5.0)
     assert queue.reader.get("r", 9, 0.1)[0] == [], "it is alive and says so, though it sleeps"
     reader.kill()
     reader.wait()
