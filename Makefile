@@ -38,7 +38,7 @@ test-gpu: .venv/installed
 test-benchmarks: .venv/installed
 	$(BIN)/pytest tests/benchmarks
 
-# The same tests as `make test`, and a floor below which it fails; half as fast again.
+# The same tests as `make test`, and a floor below which it fails.
 coverage: .venv/installed
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 tests/unit
