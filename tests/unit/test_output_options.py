@@ -62,7 +62,7 @@ def test_a_configuration_may_have_them_and_what_is_printed_is_one(tmp_path: Path
     ("words", "complaint"),
     [
         (("--output.directory", "x"), "one CxiOutput, and trainer.callbacks has 0: QueueWriter"),
-        (("--output.queue.nam", "x"), "nam"),
+        (("--output.queue.title", "x"), "title"),
         (("--output.queue.lease_s", "soon"), "lease_s"),
     ],
 )
