@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import yaml
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.types import EventId, Result
 from tests.helpers.chain import chain, ranks_of, written
-from tests.helpers.commands import finish, start, wait_until
+from tests.helpers.commands import HANGS_S, finish, start, wait_until
 from tests.helpers.paths import CONFIGS
 from tests.helpers.queues import event, statistics
+from tests.helpers.watched import Watched
 
 EVENTS = 60
 LEASE_S = 2.0
@@ -43,17 +43,9 @@ def fill(address: QueueAddress, name: str, events: int = EVENTS) -> Any:
     return queue
 
 
-def hang(process: subprocess.Popen[str], tmp_path: Path) -> None:
-    wait_until(lambda: (tmp_path / "hanging").exists() or process.poll() is not None)
-    assert process.poll() is None, process.communicate()[0]
-
-
-def end_of(process: subprocess.Popen[str], within_s: float) -> str:
-    """Expect exit code 3 within so many seconds from now."""
-    began = time.monotonic()
-    said = finish(process, expected=3)
-    assert time.monotonic() - began < within_s, said
-    return said
+def hang(command: Watched, tmp_path: Path) -> None:
+    wait_until(lambda: (tmp_path / "hanging").exists() or command.process.poll() is not None)
+    assert command.process.poll() is None, command.said
 
 
 @pytest.mark.parametrize(
@@ -70,13 +62,14 @@ def test_a_second_signal_stops_at_once_and_a_following_run_does_the_rest(
     words = chain(tmp_path, cluster, names, "cpu.yaml")
     queue = fill(address, names[0])
     (tmp_path / "hold").touch()
-    process = start(*words, "-c", hanging_model(tmp_path, deaf=deaf), cwd=tmp_path)
-    hang(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(2.0)
-    assert process.poll() is None, "it waits for what is under way"
-    process.send_signal(signal.SIGINT)
-    said = end_of(process, within_s=12.0)
+    # What hangs outside Python has to be ended; what hangs in Python ends by itself.
+    model = hanging_model(tmp_path, deaf=deaf)
+    command = Watched(*words, "-c", model, cwd=tmp_path, patient=not deaf)
+    hang(command, tmp_path)
+    command.ask_to_stop()
+    assert command.process.poll() is None, "it waits for what is under way"
+    command.stop_at_once(signal.SIGINT)
+    said = command.finish(3)
     assert "again: stopping at once" in said
     now = statistics(queue)
     assert now.acknowledged < EVENTS
@@ -96,10 +89,10 @@ def test_what_hangs_is_ended_when_its_grace_is_over(
     words = chain(tmp_path, cluster, names, "cpu.yaml", grace_s=1.0)
     fill(address, names[0])
     (tmp_path / "hold").touch()
-    process = start(*words, "-c", hanging_model(tmp_path, deaf=True), cwd=tmp_path)
-    hang(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    assert "still here 11 s after being asked to stop" in end_of(process, within_s=20.0)
+    command = Watched(*words, "-c", hanging_model(tmp_path, deaf=True), cwd=tmp_path)
+    hang(command, tmp_path)
+    command.ask_to_stop()
+    assert "still here 11 s after being asked to stop" in command.finish(3)
     (tmp_path / "hold").unlink()
     said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
     assert written(tmp_path / "cxi") == list(range(EVENTS)), said
@@ -110,8 +103,9 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
     names = f"{address.name}-in", f"{address.name}-out"
-    words = chain(tmp_path, cluster, names, "two_cpus.yaml", grace_s=20)
-    process = start(*words, cwd=tmp_path)
+    words = chain(tmp_path, cluster, names, "two_cpus.yaml", grace_s=HANGS_S)
+    command = Watched(*words, cwd=tmp_path, patient=True, ONE_REQUEST_S=str(HANGS_S))
+    process = command.process
     queue = connect_queue(
         QueueAddress(names[0], lease_s=LEASE_S, producer_timeout_s=10.0), "events"
     )
@@ -121,7 +115,7 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     queue.producer.open("p")
     idx = 0
     while statistics(results).accepted < 40:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, command.said
         idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
     queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + EVENTS)])
@@ -129,7 +123,7 @@ def test_two_ranks_end_within_the_grace_and_a_following_run_does_the_rest(
     # A batch system's signal reaches the ranks too: that is no second one.
     for pid in ranks_of(process):
         os.kill(pid, signal.SIGTERM)
-    said = end_of(process, within_s=25.0)
+    said = command.finish(3)
     assert "at once" not in said.replace("once more stops at once", "")
     balances = [
         json.loads((tmp_path / f"predict_balance{rank}.json").read_text())
@@ -153,13 +147,12 @@ def test_a_second_signal_to_two_ranks_stops_them_at_once(
     words = chain(tmp_path, cluster, names, "two_cpus.yaml")
     fill(address, names[0])
     (tmp_path / "hold").touch()
-    process = start(*words, "-c", hanging_model(tmp_path), cwd=tmp_path)
-    hang(process, tmp_path)
-    ranks = ranks_of(process)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(2.0)
-    process.send_signal(signal.SIGTERM)
-    end_of(process, within_s=8.0)
+    command = Watched(*words, "-c", hanging_model(tmp_path), cwd=tmp_path, patient=True)
+    hang(command, tmp_path)
+    ranks = ranks_of(command.process)
+    command.ask_to_stop()
+    command.stop_at_once()
+    command.finish(3)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     (tmp_path / "hold").unlink()
     said = finish(start(*words, "--data.init_args.resume", "true", cwd=tmp_path))
@@ -181,18 +174,17 @@ def test_a_writer_whose_directory_is_gone_stops_at_once_and_the_next_writes_ever
         *("write-cxi", "--address", cluster, "--queue.name", address.name),
         *("--queue.lease_s", LEASE_S, "--directory", directory, "--events_per_file", 10),
     )
-    writer = start(*words, cwd=tmp_path)
+    writer = Watched(*words, cwd=tmp_path, patient=True)
     wait_until(lambda: statistics(queue).acknowledged == 30)
     shutil.move(directory, tmp_path / "away")
     queue.producer.put("p", results[30:])
     queue.producer.close("p")
     wait_until(lambda: statistics(queue).leased >= 10)
-    writer.send_signal(signal.SIGTERM)
-    time.sleep(2.0)
-    assert writer.poll() is None, "it tries until its grace is over"
-    writer.send_signal(signal.SIGTERM)
-    said = end_of(writer, within_s=8.0)
-    assert "trying again" in said
+    writer.wait_for("trying again")
+    writer.ask_to_stop()
+    assert writer.process.poll() is None, "it tries until its grace is over"
+    writer.stop_at_once()
+    writer.finish(3)
     shutil.move(tmp_path / "away", directory)
     said = finish(start(*words, "--resume", "true", cwd=tmp_path))
     assert written(directory) == list(range(EVENTS)), said
@@ -206,13 +198,12 @@ def test_a_second_signal_ends_a_producer_whose_source_hangs(
         *("--source", "tests.helpers.failing.HangingSource", "--rate_hz", 100),
     )
     queue = connect_queue(address, "events")
-    process = start(*words, cwd=tmp_path)
+    command = Watched(*words, cwd=tmp_path, patient=True)
     wait_until(lambda: statistics(queue).accepted == 5)
-    process.send_signal(signal.SIGINT)
-    time.sleep(2.0)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    end_of(process, within_s=8.0)
+    command.ask_to_stop(signal.SIGINT)
+    assert command.process.poll() is None
+    command.stop_at_once(signal.SIGINT)
+    command.finish(3)
     balance = json.loads((tmp_path / "feed_balance.json").read_text())
     assert balance["stages"]["feed"]["fed"] == balance["stages"]["input"]["accepted"] == 5
     assert "KeyboardInterrupt" in balance["problem"]
