@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 _SHARE_OF_START = 9
-"""Early on, the average is over about the last so-manieth part of the updates: of the random
-weights of the start nothing may be left."""
+"""Early on, the average covers about one part in so many of all updates, the latest ones, so that
+nothing is left of the random weights at the start."""
 
 
 class AveragedWeights(WeightAveraging):

@@ -383,3 +383,22 @@ def test_batches_may_be_limited_where_nothing_is_written(
     assert rig.counts("in")[0] == 4
     assert rig.counts("in")[3] == 0
     assert "limit_predict_batches" in said.text
+
+
+def test_a_caller_that_does_not_come_back_hangs(
+    cluster: MemoryCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = cluster.connect_queue(QueueAddress("in"), "events")
+    queue.producer.open("p")
+    queue.producer.put("p", [shot(idx, []) for idx in range(2)])
+    dataset = QueueDataset(queue, "predict", batch_size=2)
+    assert not dataset.stalled
+    batches = iter(dataset)
+    next(batches)
+    assert not dataset.stalled, "it works on the batch"
+    monkeypatch.setattr("peaknet_predict.dataset._STALL_S", -1.0)
+    assert dataset.stalled
+    monkeypatch.setattr("peaknet_predict.dataset._STALL_S", 600.0)
+    dataset.touch()
+    assert not dataset.stalled
+    dataset.release()

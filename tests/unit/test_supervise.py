@@ -104,7 +104,7 @@ def test_ranks_that_ignore_it_are_killed_when_their_grace_is_over(
 ) -> None:
     monkeypatch.setattr(supervise, "_MARGIN_S", 0.1)
     signal_when_begun(tmp_path, 2)
-    assert run(tmp_path, "start+end", "start+ignore", grace_s=0.0) == 3
+    assert run(tmp_path, "start+ignore", "start+ignore", grace_s=0.0) == 1
     assert "ranks that do not end are killed" in said.text
 
 
