@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,13 @@ def test_stopped_at_once_everything_is_in_a_file_or_in_the_queue(
 
         monkeypatch.setattr(publisher, "write_cxi_file", strike)
     else:
-        reader.before_get = lambda count: stop_twice() if count == 3 else None
+
+        def strike_and_wait(count: int) -> None:
+            if count == 3:
+                stop_twice()
+                time.sleep(30)  # the interrupt comes from another thread: here, and not later
+
+        reader.before_get = strike_and_wait
     report = drain(reader, writer)
     assert report.interrupted
     assert report.unaccounted == 0
