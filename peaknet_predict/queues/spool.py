@@ -30,6 +30,7 @@ from peaknet_predict.process.files import (
 )
 from peaknet_predict.queues.codec import Buffer, encode
 from peaknet_predict.queues.frames import Kind, write_frame
+from peaknet_predict.queues.live_records import LiveRecords
 from peaknet_predict.queues.records import Entry
 from peaknet_predict.queues.replay import SpoolError, SpoolReader, Unsettled, path_of
 from peaknet_predict.queues.segment import OpenSegment
@@ -96,11 +97,11 @@ class Spool:
 
     def put(self, entry: Entry) -> None:
         """Append a record; raises OSError, with nothing appended, if it cannot be written."""
-        unsettled = Unsettled(entry, self._order)
-        self._append_put(unsettled)
+        record = Unsettled(entry, self._order)
+        record.size = self._append(Kind.PUT, *_put(record))
+        record.number, record.end = self.position
         self._order += 1
-        self._unsettled[entry.id] = unsettled
-        self._live_bytes += unsettled.size
+        self._live.add(record)
         self.replay.keys.add(entry.id)
         self.replay.accepted += 1
         self._compact()
@@ -114,11 +115,8 @@ class Spool:
 
         Its next reader would then find that it has it already.
         """
-        unsettled = self._unsettled.pop(key, None)
-        if unsettled is None:
+        if not self._live.settle(key):
             return
-        del self._in[unsettled.number][key]
-        self._live_bytes -= unsettled.size
         self.replay.quarantined += quarantined
         if not self._try_append(Kind.SETTLED, [*key, quarantined]):
             self._delete_settled()  # the room is needed now
@@ -180,15 +178,8 @@ class Spool:
     def _take_over(self, found: SpoolReader) -> None:
         """Go on from what was found, in a new segment."""
         self.replay = found.replay
-        self._unsettled = found.unsettled
+        self._live = LiveRecords(found)
         self._order = found.order
-        self._sizes = found.sizes
-        self._in: dict[int, dict[EventId, None]] = {number: {} for number in found.sizes}
-        for key, unsettled in found.unsettled.items():
-            self._in[unsettled.number][key] = None
-        self._live_bytes = sum(one.size for one in found.unsettled.values())
-        # Where what was moved out of a segment stands: it is needed until that is on disk.
-        self._moved_to: dict[int, tuple[int, int]] = {}
         # What lies behind the synced part goes into the new segment.
         self._segment = OpenSegment(found.last, found.end, found.synced, self._mark, self._fs)
         self._leftovers = found.others
@@ -210,13 +201,8 @@ class Spool:
         if self._segment.is_over or self._segment.size > self._segment_bytes:
             self._begin_segment()
         size = self._segment.append(kind, skeleton, buffers)
-        self._sizes[self._segment.number] = self._segment.size
+        self._live.resize(*self.position)
         return size
-
-    def _append_put(self, unsettled: Unsettled) -> None:
-        unsettled.size = self._append(Kind.PUT, *_put(unsettled))
-        unsettled.number, unsettled.end = self.position
-        self._in[unsettled.number][unsettled.entry.id] = None
 
     def _begin_segment(self) -> None:
         """Go on in a new segment, which begins with all that is known."""
@@ -245,12 +231,9 @@ class Spool:
             raise
         self._segment.close()
         self._segment = OpenSegment(number, size, size, self._mark, self._fs, file)
-        self._sizes[number], self._in[number] = size, {}
-        for unsettled, end in again:
-            key = unsettled.entry.id
-            del self._in[unsettled.number][key]
-            unsettled.number, unsettled.end = number, end
-            self._in[number][key] = None
+        self._live.resize(number, size)
+        for record, end in again:
+            self._live.repeat(record, number, end)
         for number in self._leftovers:
             self._remove(number)
         self._leftovers = []
@@ -258,7 +241,7 @@ class Spool:
 
     def _write_beginning(self, file: int) -> tuple[int, list[tuple[Unsettled, int]]]:
         """Write how a segment begins; return its size, and the records in it, each with its end."""
-        before, replay = self._segment, self.replay
+        before, replay, records = self._segment, self.replay, self._live.records
         snapshot = {
             "previous": [before.number, before.synced],
             "keys": replay.keys.to_json(),
@@ -266,57 +249,41 @@ class Spool:
             "accepted": replay.accepted,
             "quarantined": replay.quarantined,
             "order": self._order,
-            "unsettled": KeySet(self._unsettled).to_json(),
-            "notes": [_note(one.entry) for one in self._unsettled.values() if one.is_noted],
+            "unsettled": KeySet(records).to_json(),
+            "notes": [_note(one.entry) for one in records.values() if one.is_noted],
         }
         size = write_frame(file, self._fs, Kind.BEGIN, json.dumps(snapshot).encode())
         again = []
-        for key in self._in.get(before.number, ()):
-            unsettled = self._unsettled[key]
-            if unsettled.end > before.synced:
-                # It may never reach the disk where it is.
-                size += write_frame(file, self._fs, Kind.PUT, *_put(unsettled))
-                again.append((unsettled, size))
+        for record in self._live.behind(before.number, before.synced):
+            # It may never reach the disk where it is.
+            size += write_frame(file, self._fs, Kind.PUT, *_put(record))
+            again.append((record, size))
         return size + write_frame(file, self._fs, Kind.BEGUN, b""), again
 
     def _compact(self) -> None:
         """Move a record forward where few of them keep many segments: one with every change."""
-        current = self._segment.number
-        oldest = next(number for number, keys in self._in.items() if keys or number == current)
-        kept = sum(size for number, size in self._sizes.items() if number >= oldest)
-        if oldest == current or kept <= 2 * (self._live_bytes + self._segment_bytes):
-            return
-        key = next(iter(self._in[oldest]))
-        with contextlib.suppress(OSError):
-            self._append_put(self._unsettled[key])
-            del self._in[oldest][key]
-            self._moved_to[oldest] = self.position
+        record = self._live.to_move(self._segment.number, self._segment_bytes)
+        if record is not None:
+            with contextlib.suppress(OSError):
+                size = self._append(Kind.PUT, *_put(record))
+                self._live.move(record, *self.position, size)
 
     def _delete_settled(self) -> None:
         """Delete the oldest segments, up to the first that is still needed."""
         if self._mark.mark is None:
             return  # the mark must not be made before there is a segment for it
-        settled = []
-        for number, keys in self._in.items():
-            if keys or number == self._segment.number or not self._has_moved(number):
-                break
-            settled.append(number)
+        needed = self._live.first_needed(self._segment.number, self._segment.synced)
+        settled = self._live.before(needed)
         if not settled:
             return
         try:
-            self._mark.advance(oldest=number)
+            self._mark.advance(oldest=needed)
             self._mark.sync_both()
         except OSError:
             return
         for number in settled:
             self._remove(number)
-            del self._in[number], self._sizes[number]
-            self._moved_to.pop(number, None)
-
-    def _has_moved(self, number: int) -> bool:
-        """Whether all that has been moved out of a segment is on disk elsewhere."""
-        moved_to = self._moved_to.get(number, (0, 0))
-        return moved_to <= (self._segment.number, self._segment.synced)
+            self._live.forget(number)
 
     def _remove(self, number: int) -> None:
         with contextlib.suppress(OSError):
@@ -327,9 +294,9 @@ def _note(entry: Entry) -> list[Any]:
     return [*entry.id, entry.losses, entry.lost_by, entry.reason]
 
 
-def _put(unsettled: Unsettled) -> tuple[bytes, list[Buffer]]:
+def _put(record: Unsettled) -> tuple[bytes, list[Buffer]]:
     """Return the skeleton and the buffers of a record as it is appended."""
-    entry = unsettled.entry
-    note = [unsettled.order, entry.losses, entry.lost_by, entry.reason]
+    entry = record.entry
+    note = [record.order, entry.losses, entry.lost_by, entry.reason]
     skeleton, buffers = encode(entry.record)
     return json.dumps(note).encode() + b"\n" + skeleton, buffers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peaknet_predict import doctor
+from peaknet_predict.doctor import cluster as doctor_cluster
 from tests.helpers.commands import COMMAND, HANGS_S, environment, wait_until
 
 
@@ -70,15 +70,15 @@ def test_an_open_cluster_fails_and_joining_it_warns(
 
 
 def test_a_cluster_with_a_token_admits_nobody(cluster: str) -> None:
-    finding = doctor._check_admission(cluster)
+    finding = doctor_cluster.check_admission(cluster)
     assert (finding.verdict, "admits nobody" in finding.text) == ("ok", True)
 
 
 def test_a_probe_that_fails_is_not_taken_for_safety(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = f"127.0.0.1:{free_port()}"
-    finding = doctor._check_admission(nobody)
+    finding = doctor_cluster.check_admission(nobody)
     assert finding.verdict == "warn"
     assert "could not be checked" in finding.text
-    monkeypatch.setattr(doctor, "_STRANGER_S", 0.01)
-    finding = doctor._check_admission(nobody)
+    monkeypatch.setattr(doctor_cluster, "_STRANGER_S", 0.01)
+    finding = doctor_cluster.check_admission(nobody)
     assert (finding.verdict, "no answer in" in finding.text) == ("warn", True)
