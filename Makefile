@@ -3,6 +3,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 BIN := .venv/bin
 
+# Each test process, and each command that a test starts, would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two processes at a time, each on one core: torch would start a thread for every core in both.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/unit
 OTHERS := tests/ray tests/system tests/gpu
@@ -12,9 +15,9 @@ OTHERS := tests/ray tests/system tests/gpu
 demo: .venv/installed
 	$(BIN)/peaknet-predict predict -c configs/demo.yaml
 
-# Before each commit.
+# Before each commit: a tenth of the examples of each property, and no test marked `thorough`.
 check: lint
-	$(UNIT)
+	QUICK_TESTS=1 $(UNIT) -m 'not slow and not thorough'
 
 # What continuous integration runs, after `make lint`.
 test: .venv/installed

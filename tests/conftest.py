@@ -12,12 +12,16 @@ from hypothesis import HealthCheck, settings
 
 from peaknet_predict.queues import QueueAddress
 from peaknet_predict.queues.cluster import connect, disconnect, keep_to_loopback
+from tests.helpers.examples import examples
 
 keep_to_loopback()  # before a test module imports Ray
 
 # No test depends on how fast the machine is.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any machine",
+    examples(100),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("any machine")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.batching import Batcher, check_event
@@ -18,6 +18,7 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.pixels import find_bad_pixels, pack_mask, sentinels
 from peaknet_predict.preprocess import Crop, Patchify, Transform
 from peaknet_predict.types import Event, EventBatch, EventId, Result
+from tests.helpers.examples import examples
 from tests.helpers.prediction import chain
 
 Image = np.ndarray[Any, Any]
@@ -268,7 +269,7 @@ def test_outliers_are_a_warning_that_names_the_event(
     assert "(event number 10 with such pixels)" in warnings[1]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(data=st.data())
 def test_strong_peaks_are_found_and_none_on_bad_pixels(data: st.DataObject) -> None:
     """Whatever layout, dtype, marks and masks: every strong peak, and none on a bad pixel."""

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,6 +28,7 @@ from peaknet_predict.cxi.file import read_cxi, read_ids
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.pixels import pack_mask
 from peaknet_predict.types import ANYONE, EventId, Result, identity_problem
+from tests.helpers.examples import examples
 
 
 def make_result(
@@ -214,7 +215,7 @@ def test_an_energy_in_another_unit_goes_into_no_file(tmp_path: Path, energy: flo
         writer.add(result)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data())
 def test_round_trip(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(["f4", "f2", "u2", "i4"]))
@@ -622,7 +623,7 @@ identities = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(strange=st.lists(identities, max_size=6, unique=True))
 def test_what_no_file_can_hold_is_refused_alone_and_by_name(strange: list[EventId]) -> None:
     good = [make_result(idx) for idx in range(3)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.cxi.filtered import FilteredEvents
@@ -16,6 +16,7 @@ from peaknet_predict.cxi.journal import Journal, read_journal
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.keys import KeySet
 from peaknet_predict.types import EventId, Result
+from tests.helpers.examples import examples
 from tests.helpers.failing_disk import FailingDisk
 
 
@@ -65,7 +66,7 @@ def test_a_torn_end_costs_what_was_never_confirmed_and_no_more(tmp_path: Path) -
     assert filtered(path) == [1, 2, 3], "a file system may leave zeros behind a torn end"
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_flipped_bit_is_never_overlooked(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from peaknet_predict.models.fast import FastPeakNet, ops, support, unsupported
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import Preprocess
 from peaknet_predict.types import EventBatch
+from tests.helpers.examples import examples
 from tests.helpers.networks import (
     ATTO,
     THREE_STAGES,
@@ -141,7 +142,7 @@ def test_panels_of_a_batch_do_not_see_each_other() -> None:
     assert error(together[1:2], alone) < 1e-5
 
 
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(
     seed=st.integers(0, 2**31),
     sizes=st.lists(st.sampled_from([8, 16, 24, 40]), min_size=2, max_size=4),

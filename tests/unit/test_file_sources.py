@@ -10,12 +10,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.sources import EventSource, Hdf5Source, NpzSource
 from peaknet_predict.sources.base import resolve_paths
 from peaknet_predict.sources.hdf5 import CXI_ENERGY, LCLS_ENERGY
+from tests.helpers.examples import examples
 from tests.helpers.paths import REAL_DATA
 
 DATA = "/entry_1/data_1/data"
@@ -88,7 +89,7 @@ def test_one_dataset_for_each_panel(write: Write) -> None:
     check_pass(single, data[:, 0], [8000.0] * 3)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     shape=st.tuples(*(st.integers(1, 5) for _ in range(4))),
     dtype=st.sampled_from(["uint8", "uint16", "int32", "float32", "float64"]),

@@ -10,12 +10,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.photon_energy import HC_EV_ANGSTROM, JOULES_PER_EV
 from peaknet_predict.sources import Hdf5Source
 from peaknet_predict.sources.energies import to_ev
+from tests.helpers.examples import examples
 
 CXI = "/entry_1/data_1/data"
 Array = npt.NDArray[Any]
@@ -174,7 +175,7 @@ def test_four_axes_outside_cxi_are_ambiguous(write: Write) -> None:
     np.testing.assert_array_equal(read(Hdf5Source(path, photon_energy_ev=9e3)), data)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.permutations(["events", "panels", "thresholds", "slow", "fast"]), st.data())
 def test_axes_in_any_order(order: list[str], data: st.DataObject) -> None:
     import tempfile
@@ -290,7 +291,7 @@ def test_several_sets_of_frames_are_ambiguous(write: Write) -> None:
 UNITS = ("eV", "EV", "ev", "keV", "KEV", "J", "joules", "Angstrom", "ANGSTROM", "Å", "nm", "m", "M")
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.floats(200, 150_000), st.sampled_from(UNITS))
 def test_units_in_any_case(energy: float, unit: str) -> None:
     wavelength = HC_EV_ANGSTROM / energy

@@ -13,10 +13,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.sources import Hdf5Source
+from tests.helpers.examples import examples
 
 DATA = "/entry_1/data_1/data"
 EV = 9500.0
@@ -234,7 +235,7 @@ def test_virtual_frames_without_any_source(tmp_path: Path) -> None:
     check(got, np.concatenate([data, data]), dict.fromkeys((2, 3), "no source is mapped"))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.data())
 def test_any_virtual_mapping_gives_the_frame_or_the_reason(data: st.DataObject) -> None:
     """Frames in any order, each from a file of its own, some of which have gone."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.batching import Batcher
@@ -20,6 +20,7 @@ from peaknet_predict.pixels import unpack_mask
 from peaknet_predict.sources import Hdf5Source, NpzSource
 from peaknet_predict.sources.base import EventSource
 from peaknet_predict.types import Event, EventId
+from tests.helpers.examples import examples
 from tests.helpers.prediction import chain
 
 CXI = "entry_1/data_1"
@@ -126,7 +127,7 @@ def test_masks_of_panels_in_their_own_datasets(tmp_path: Path) -> None:
     check(Hdf5Source(path, join="events", **options), both, PANELS.repeat(3, axis=0))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     values=st.lists(st.integers(0, 2**16 - 1), min_size=32, max_size=32),
     good=st.integers(0, 2**16 - 1),

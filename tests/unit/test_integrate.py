@@ -7,10 +7,11 @@ import time
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.cxi.integrate import integrate_peaks
+from tests.helpers.examples import examples
 
 
 def gaussian(
@@ -22,7 +23,7 @@ def gaussian(
     return spot
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     y=st.floats(10, 50),
     x=st.floats(10, 60),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from peaknet_predict.preprocess import (
     Preprocess,
     Transform,
 )
+from tests.helpers.examples import examples
 
 
 def normed(images_BPHW: Tensor, *transforms: Transform) -> Tensor:
@@ -57,7 +58,7 @@ def test_a_peak_has_the_height_of_its_excess() -> None:
     assert float(normed(deep)[0, 60, 61]) == pytest.approx(-float(z[60, 61]), rel=0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     scale=st.floats(1e-3, 1e3),
     offsets=st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy import ndimage
@@ -19,6 +19,7 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
 from peaknet_predict.types import EventBatch, Refusal
+from tests.helpers.examples import examples
 from tests.helpers.networks import TWO_STAGES, Bright, Plain, perturbed, small_peaknet
 from tests.helpers.prediction import batch, chain, predict, shot
 
@@ -240,7 +241,7 @@ def centroids(is_peak_NHW: npt.NDArray[np.bool_]) -> list[list[float]]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     seed=st.integers(0, 2**31),
     classes=st.integers(2, 4),

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peaknet_predict.peaks import PeakTable, find_peaks
+from tests.helpers.examples import examples
 from tests.helpers.oracle import find_peaks_reference
 
 INTEGER_DTYPES = [
@@ -40,7 +41,7 @@ def check(mask_NHW: npt.NDArray[Any]) -> PeakTable:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     mask_NHW=hnp.arrays(
         np.bool_,
@@ -53,7 +54,7 @@ def test_any_mask(mask_NHW: npt.NDArray[np.bool_]) -> None:
     check(mask_NHW)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(density=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
 def test_any_density(density: float, seed: int) -> None:
     check(np.random.default_rng(seed).random((3, 61, 47)) < density)
@@ -152,7 +153,7 @@ def test_missing_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         import peaknet_predict.cuda  # noqa: F401
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     panels=st.integers(1, 4),
     events=st.integers(0, 3),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.batching import check_event
@@ -34,7 +34,6 @@ def test_energies_from_soft_to_hard_x_rays_are_accepted(energy: float) -> None:
     assert check(PIXELS, energy) is None
 
 
-@settings(deadline=None)
 @given(st.floats(1000.0, 99_000.0))
 def test_a_value_in_another_unit_is_refused_with_that_unit(energy: float) -> None:
     """Over the range of diffraction experiments, 1 to 99 keV."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.preprocess import (
@@ -19,6 +19,7 @@ from peaknet_predict.preprocess import (
     Shape,
     Transform,
 )
+from tests.helpers.examples import examples
 
 
 def chain(*transforms: Transform) -> Preprocess:
@@ -161,7 +162,7 @@ def shapes_and_chains(draw: st.DrawFn) -> tuple[Shape, list[Transform]]:
     return shape, transforms
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(shapes_and_chains(), st.data())
 def test_a_pixel_finds_its_way_back(
     case: tuple[Shape, list[Transform]], data: st.DataObject

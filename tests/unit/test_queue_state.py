@@ -25,6 +25,7 @@ from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState
 from peaknet_predict.queues.wire import item_to_event
 from peaknet_predict.types import Event, EventId, Refusal, Result, identity_problem
+from tests.helpers.examples import examples
 
 
 class Clock:
@@ -920,4 +921,4 @@ class Conservation(RuleBasedStateMachine):
 
 
 TestConservation = Conservation.TestCase
-TestConservation.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestConservation.settings = settings(examples(150), stateful_step_count=40)

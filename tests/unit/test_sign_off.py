@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.process.balance import BalanceError, SurvivedError
 from peaknet_predict.queues.roster import RosterState
 from peaknet_predict.types import Event, EventId, Result
+from tests.helpers.examples import examples
 from tests.helpers.memory_cluster import MemoryRoster
 from tests.helpers.memory_queue import MemoryQueue
 from tests.helpers.virtual_time import Task, VirtualTime
@@ -231,7 +232,7 @@ def check_exits(world: World) -> None:
             assert error is None or isinstance(error, expected)
 
 
-@settings(max_examples=250, deadline=None)
+@examples(250)
 @given(
     st.lists(plans, min_size=1, max_size=5),
     st.integers(0, 12),
@@ -256,7 +257,7 @@ def test_with_queues_of_ours_nothing_is_lost_and_the_stream_ends_once(
         assert "miscounts" in fates or not any(world.told_end.values())
 
 
-@settings(max_examples=250, deadline=None)
+@examples(250)
 @given(st.lists(plans, min_size=1, max_size=5), st.integers(0, 12), st.booleans())
 def test_a_results_queue_with_one_end_for_all_gets_it_once_and_last(
     plans: list[Plan], events: int, leases: bool

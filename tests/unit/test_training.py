@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Timer
 from safetensors import safe_open
@@ -43,6 +43,7 @@ from peaknet_predict.training.metrics import (
 )
 from peaknet_predict.training.optim import Progress, parameter_groups, rate_factor
 from peaknet_predict.types import Event, EventBatch, EventId
+from tests.helpers.examples import examples
 
 SMALL: dict[str, Any] = {
     "hidden_sizes": [8, 16],
@@ -164,7 +165,7 @@ peaks = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(peaks, peaks)
 def test_pairs_equal_brute_force(known: list[Any], found: list[Any]) -> None:
     arrays = [np.array(p, dtype=np.float64).reshape(-1, 3) for p in (known, found)]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
@@ -42,6 +42,7 @@ from peaknet_predict.simulation.shots import LabelledShots, ShotSimulator
 from peaknet_predict.simulation.spot_shapes import Shapes, render
 from peaknet_predict.simulation.tiles import GAP_PX, TILE_PX, Tiling, draw_tiling
 from peaknet_predict.simulation.truth import Scene, judge, label
+from tests.helpers.examples import examples
 
 CPU = torch.device("cpu")
 DOMAINS: tuple[Domain, Domain] = ("training", "held_out")
@@ -198,7 +199,7 @@ def test_rendered_photons_and_their_centre_of_gravity() -> None:
 places = st.floats(12.0, 20.0)
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(places, places, st.floats(0.3, 3.5))
 def test_a_disc_has_its_centroid_at_the_peak(y: float, x: float, sigma: float) -> None:
     labels = draw_labels(peaks_at((y, x)), disc_radius(torch.tensor([sigma])), (1, 1, 32, 32))
@@ -207,7 +208,7 @@ def test_a_disc_has_its_centroid_at_the_peak(y: float, x: float, sigma: float) -
     assert np.hypot(*(centres[0] - [y, x])) < 0.17
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(places, places, st.floats(MIN_DISTANCE, 9.0), st.floats(0.0, 6.28), st.floats(0.3, 2.5))
 def test_two_peaks_stay_two(y: float, x: float, apart: float, angle: float, sigma: float) -> None:
     other = (y + apart * math.sin(angle), x + apart * math.cos(angle))

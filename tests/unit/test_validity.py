@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,7 +118,6 @@ def test_a_mask_of_another_detector_is_refused() -> None:
 @given(
     st.integers(1, 3), st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9)
 )
-@settings(deadline=None)
 def test_masks_are_packed_as_on_the_host(
     events: int, panels: int, height: int, width: int, seed: int
 ) -> None:
