@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,8 +43,15 @@ _TORCH_DTYPES = {
 def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
     """Say why an event cannot be processed; None if it can.
 
-    An implausible photon energy is a reason: CrystFEL indexes nothing with it, silently. An image
-    that is a text is a source's reason why there are no pixels, see
+    An implausible photon energy is a reason: CrystFEL indexes nothing with it, silently.
+    """
+    return check_image(event, max_bytes) or _check_photon_energy(event.photon_energy)
+
+
+def check_image(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
+    """Say why no peaks can be found in an event's image; None if they can.
+
+    An image that is a text is a source's reason why there are no pixels, see
     `peaknet_predict.sources.base.unreadable`.
     """
     image = event.image
@@ -67,7 +74,7 @@ def check_event(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
             f"its mask has {len(event.bad_bits)} bytes; an image of {image.size} pixels needs "
             f"{-(-image.size // 8)}"
         )
-    return _check_photon_energy(event.photon_energy)
+    return None
 
 
 def _check_photon_energy(value: Any) -> str | None:
@@ -107,6 +114,8 @@ class Batcher:
         Put the pixels where a GPU can fetch them while the CPU goes on.
     max_event_bytes
         Larger images are refused.
+    check
+        Says why an event cannot be processed, given the event and ``max_event_bytes``.
 
     Attributes
     ----------
@@ -125,6 +134,7 @@ class Batcher:
         partial_sizes: Sequence[int] = (),
         pin_memory: bool = False,
         max_event_bytes: int = MAX_EVENT_BYTES,
+        check: Callable[[Event, int], str | None] = check_event,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch needs at least one event")
@@ -137,6 +147,7 @@ class Batcher:
         self._sizes = [*sorted(partial_sizes), batch_size]
         self._pin_memory = pin_memory
         self._max_event_bytes = max_event_bytes
+        self._check = check
         self._events: list[Event] = []
         self._refused: list[Refusal] = []
         self.oldest_at: float | None = None
@@ -191,7 +202,7 @@ class Batcher:
             return item
         if isinstance(item, Result):
             return Refusal(item.id, "a result stands in a queue of events")
-        reason = check_event(item, self._max_event_bytes)
+        reason = self._check(item, self._max_event_bytes)
         return None if reason is None else Refusal(item.id, reason)
 
 

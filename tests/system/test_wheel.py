@@ -57,12 +57,13 @@ def test_the_wheel_has_one_package_with_all_files_of_the_tree(wheel: Path) -> No
     version = peaknet_predict.__version__
     tops = {"peaknet_predict", f"peaknet_predict-{version}.dist-info"}
     assert {name.split("/")[0] for name in names} == tops
-    tracked = run("git", "ls-files", "peaknet_predict", "callbacks", cwd=REPOSITORY).split()
+    linked = ("callbacks", "configs")
+    tracked = run("git", "ls-files", "peaknet_predict", *linked, cwd=REPOSITORY).split()
     assert len(tracked) > 100
     expected = {
-        f"peaknet_predict/{name}" if name.startswith("callbacks/") else name
+        f"peaknet_predict/{name}" if name.startswith(linked) else name
         for name in tracked
-        if name != "peaknet_predict/callbacks"
+        if name not in {f"peaknet_predict/{link}" for link in linked}
     }
     assert expected <= names
 

@@ -21,6 +21,7 @@ def test_callbacks_come_from_the_same_tree() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("peaknet_predict", {"torch", "ray", "lightning", "numpy"}),
         ("peaknet_predict.types", {"torch", "ray"}),
         ("peaknet_predict.cxi.writer", {"torch", "ray"}),
         # So that they start, and answer --help, at once.

@@ -1,0 +1,45 @@
+"""The way in from Python gives what the command line gives, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import lightning as L
+import numpy as np
+
+from peaknet_predict import FilesDataModule, find_peaks, load_model
+from peaknet_predict.sources import Simulator
+from tests.helpers.commands import finish, start
+from tests.helpers.paths import CONFIGS
+
+
+def test_the_peaks_of_the_demo(tmp_path: Path) -> None:
+    shots = {"num_events": 5, "panels": 2, "height": 192, "width": 256}
+    options = [f"--data.init_args.source.init_args.{name}={n}" for name, n in shots.items()]
+    configs = ("-c", CONFIGS / "demo.yaml", "-c", CONFIGS / "topology" / "cpu.yaml")
+    command = start("predict", *configs, *options, "--output.min_peaks", 0, cwd=tmp_path)
+    assert "written 5" in finish(command)
+    (path,) = (tmp_path / "demo_output").glob("*.cxi")
+    with h5py.File(path) as file:
+        lists = file["entry_1/result_1"]
+        written = [lists[f"peak{axis}PosRaw"][()] for axis in "XY"]
+        assert lists["nPeaks"].shape == (5,)
+
+    simulator = Simulator(seed=1, **shots)  # type: ignore[arg-type]
+    model = load_model("peaknet_small")
+    images = np.stack([image for _, image, _ in simulator.events()])
+    tables = find_peaks(images, model)
+    assert sum(map(len, tables)) > 50
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    handles: Any = trainer.predict(model, FilesDataModule(simulator, batch_size=2))
+    results = [result for handle in handles for result in handle.result().results]
+    for idx, (table, result) in enumerate(zip(tables, results, strict=True)):
+        peaks = np.stack([table["panel"], table["y"], table["x"]], axis=1)
+        assert np.array_equal(peaks, result.peaks)
+        # A file has the strongest first, of panels that are stacked.
+        panel, y, x = peaks[np.argsort(-table["intensity"], kind="stable")].T
+        for ours, theirs in ((x, written[0]), (panel * 192 + y, written[1])):
+            assert np.array_equal(ours.astype(theirs.dtype), theirs[idx, : len(table)])
+            assert not theirs[idx, len(table) :].any()
