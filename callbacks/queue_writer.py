@@ -17,6 +17,7 @@ from peaknet_predict.callbacks.outbox import Outbox
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.dataset import QueueDataset
+from peaknet_predict.first_refusals import UnfitStreamError
 from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
@@ -235,11 +236,17 @@ class QueueWriter(BasePredictionWriter):
             reason = "stopped at once by a second signal"
         else:
             for error in run.delivery.salvage():
-                log.error("could not be delivered: %s", error)
+                if str(error) != str(exception):
+                    log.error("could not be delivered: %s", error)
         if run.dataset is not None:
             # What is left may be what caused it; the queue counts, and isolates it in the end.
-            innocent = isinstance(exception, KeyboardInterrupt | BalanceError | NetworkOutputError)
+            innocent = isinstance(
+                exception, KeyboardInterrupt | BalanceError | NetworkOutputError | UnfitStreamError
+            )
             try:
+                if isinstance(exception, UnfitStreamError) and not run.dataset.queue.admin.leases:
+                    # Another program's queue takes nothing back: better there than nowhere.
+                    run.dataset.reject(exception.refusals)
                 run.dataset.release(None if innocent else reason)
             except QueueError as error:
                 log.error("what is left goes back when its leases end: %s", error)

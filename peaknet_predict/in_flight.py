@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from peaknet_predict.first_refusals import FirstRefusals
 from peaknet_predict.forward import stage
 from peaknet_predict.network_output import NetworkOutput, NetworkOutputError
 from peaknet_predict.pixels import Bits
@@ -37,6 +38,8 @@ class PendingPeaks:
         The batch.
     refused
         Its items that were refused so far.
+    first
+        Whether they are theirs to answer for: until that is settled, this handle is not done.
     slot
         Where the peaks of the batch's events will be; None if they are all refused.
     collect
@@ -47,17 +50,22 @@ class PendingPeaks:
         self,
         batch: EventBatch,
         refused: list[Refusal],
+        first: FirstRefusals,
         slot: Slot | None = None,
         collect: Callable[[EventBatch, Found], PeakBatch] | None = None,
     ) -> None:
-        self._batch: EventBatch | None = batch
+        # Without events to find peaks in, its pixels need not be kept.
+        self._batch = None if slot is None else batch
         self._refused = refused
+        self._first = first
         self._slot = slot
         self._collect = collect
         self._result: PeakBatch | None = None
 
     def done(self) -> bool:
         """Whether the device has finished this batch, so that `result` will not wait for it."""
+        if self._refused and self._first.holds:
+            return False
         return self._result is not None or self._slot is None or self._slot.done()
 
     def result(self) -> PeakBatch:
@@ -67,7 +75,11 @@ class PendingPeaks:
         ------
         NetworkOutputError
             If the network has given nothing but NaN or infinite logits so far.
+        UnfitStreamError
+            If every event so far is refused the same way.
         """
+        if self._refused:
+            self._first.decide()
         if self._result is None:
             found = PeakBatch([])
             if self._slot is not None and self._collect is not None and self._batch is not None:
@@ -91,6 +103,8 @@ class Ring:
         Enqueues preprocessing and network for pixels on the device.
     preprocess
         The peaks' way back to the original frame.
+    first
+        Is told that an event can be processed.
     """
 
     def __init__(
@@ -99,8 +113,9 @@ class Ring:
         size: int,
         forward: Callable[[Tensor, Tensor | None], NetworkOutput],
         preprocess: Preprocess,
+        first: FirstRefusals,
     ) -> None:
-        self._forward, self._preprocess = forward, preprocess
+        self._forward, self._preprocess, self._first = forward, preprocess, first
         self._were_finite, self._num_overflowed = False, 0
         # In the order in which they are used again.
         self._slots: deque[tuple[Slot, PendingPeaks | None]] = deque(
@@ -117,7 +132,9 @@ class Ring:
         output = self._forward(counts_BPHW, bad_bits_BK)
         with stage("peaks"):
             slot.find(output)
-        pending = PendingPeaks(batch, list(batch.refused), slot, self._collect)
+        if batch.events:
+            self._first.settle()
+        pending = PendingPeaks(batch, list(batch.refused), self._first, slot, self._collect)
         self._slots.rotate(-1)
         self._slots[-1] = slot, pending
         return pending

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from peaknet_predict.first_refusals import FirstRefusals
 from peaknet_predict.forward import ForwardPass
 from peaknet_predict.in_flight import PendingPeaks, Ring
 from peaknet_predict.models.provenance import Provenance
@@ -121,6 +122,7 @@ class PeakNetModule(L.LightningModule):
         self.warmup_shapes = warmup_shapes or []
         self._forward_pass = ForwardPass(net, self.preprocess, compile, fast)
         self._ring: Ring | None = None
+        self._first = FirstRefusals()
         self._dtypes_seen: set[torch.dtype] = set()
 
     def setup(self, stage: str) -> None:
@@ -136,6 +138,7 @@ class PeakNetModule(L.LightningModule):
         """Choose how the network runs on the device, and warm up in the context of the loop."""
         self.provenance.show()
         self._forward_pass.start(self.device, str(self.trainer.precision))
+        self._first = FirstRefusals()
         self._ring = self._new_ring()
         with self.trainer.precision_plugin.predict_step_context():
             for shape_BPHW in self.warmup_shapes:
@@ -159,9 +162,17 @@ class PeakNetModule(L.LightningModule):
         """Enqueue one batch on the device and return a handle to its peaks.
 
         Events whose shape the preprocessing or the network cannot take are refused, each by name.
+
+        Raises
+        ------
+        UnfitStreamError
+            If they are the first ones, and none follows that can be processed.
         """
+        self._first.hold(batch.refused)
         if not batch.events and not warm_up:
-            return PendingPeaks(batch, list(batch.refused))
+            if not batch.refused:
+                self._first.decide()  # a reminder: a reader waits for what is held here
+            return PendingPeaks(batch, list(batch.refused), self._first)
         shape_BPHW = tuple(batch.images_BPHW.shape)
         is_new = not self._forward_pass.has_seen(shape_BPHW)
         misfit = self._misfit(shape_BPHW) if is_new else None
@@ -170,7 +181,8 @@ class PeakNetModule(L.LightningModule):
                 Refusal(event.id, f"image of shape {event.image.shape} does not fit: {misfit}")
                 for event in batch.events
             ]
-            return PendingPeaks(batch, batch.refused + reasons)
+            self._first.hold(reasons, unfit=True)
+            return PendingPeaks(batch, batch.refused + reasons, self._first)
         dtype = batch.images_BPHW.dtype
         if dtype not in self._dtypes_seen and not warm_up:
             self._dtypes_seen.add(dtype)
@@ -183,7 +195,7 @@ class PeakNetModule(L.LightningModule):
             return self._ring.submit(batch)
 
     def _new_ring(self) -> Ring:
-        return Ring(self.device, self.num_overlap, self._logits, self.preprocess)
+        return Ring(self.device, self.num_overlap, self._logits, self.preprocess, self._first)
 
     def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
         return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.provenance.threshold)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.batching import Batcher, check_event
+from peaknet_predict.first_refusals import UnfitStreamError
 from peaknet_predict.models import LocalSnr
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.pixels import find_bad_pixels, pack_mask, sentinels
@@ -196,12 +197,13 @@ def test_the_mask_is_a_setting(tmp_path: Path) -> None:
         PeakNetModule(LocalSnr(), chain(), mask_bad=1)
 
 
-def test_events_that_do_not_fit_the_mask_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_mask_of_another_detector_ends_the_run_with_its_shape(tmp_path: Path) -> None:
     np.save(tmp_path / "mask.npy", np.zeros((10, 10), np.uint8))
     module = PeakNetModule(LocalSnr(), chain(), mask=str(tmp_path / "mask.npy"))
-    answer = module.predict_step(batch_of(planted("u2")[0]), 0).result()
-    assert not answer.results
-    assert "does not fit: the mask has the shape (10, 10)" in answer.refused[0].reason
+    pending = module.predict_step(batch_of(planted("u2")[0]), 0)
+    assert not pending.done()
+    with pytest.raises(UnfitStreamError, match=r"does not fit: the mask has the shape \(10, 10\)"):
+        pending.result()
 
 
 @pytest.mark.parametrize(

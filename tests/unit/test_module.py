@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from peaknet_predict.first_refusals import UnfitStreamError
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
@@ -88,8 +89,33 @@ def test_shapes_that_do_not_fit_are_refused_and_the_stream_goes_on() -> None:
     assert "(2, 16, 16) does not fit" in refused.refused[0].reason
     assert "Pad(" in refused.refused[0].reason
     assert len(fits.results) == 1
-    (by_network,) = predict(PeakNetModule(Bright(), chain()), [batch(odd, 1)])
+    _, by_network = predict(PeakNetModule(Bright(), chain()), [batch(good, 1), batch(odd, 1)])
     assert "multiple of 4" in by_network.refused[0].reason
+
+
+def test_a_stream_in_which_no_event_fits_ends_with_its_first_events() -> None:
+    crop = chain(Crop(20, 20))
+    with pytest.raises(UnfitStreamError, match=r"first 1 were.*leaves out 69%.*allow_crop") as one:
+        predict(PeakNetModule(Bright(), crop), [batch([shot(0, [])], 1), batch([], 1)])
+    assert [refusal.id.idx for refusal in one.value.refusals if refusal.id] == [0]
+    many = [batch([shot(2 * i, []), shot(2 * i + 1, [])], 2) for i in range(99)]
+    with pytest.raises(UnfitStreamError, match="first 32 were"):
+        predict(PeakNetModule(Bright(), crop), many)
+
+
+@pytest.mark.parametrize("reminded", [False, True])
+def test_a_stream_of_events_that_are_all_bad_the_same_way_ends(reminded: bool) -> None:
+    def bad(reason: str) -> list[EventBatch]:
+        reminder = [batch([], 1)] if reminded else []
+        return [batch([], 1, [Refusal(None, reason)]), *reminder]
+
+    keV = [one for i in range(99) for one in bad(f"photon energy is 9.{i} eV")]
+    with pytest.raises(UnfitStreamError, match=r"latest 32 were.*photon energy is 9\.31 eV"):
+        predict(PeakNetModule(Bright(), chain()), keV)
+    mixed = [one for i in range(40) for one in bad(["energy", "image"][i % 2])]
+    assert len(predict(PeakNetModule(Bright(), chain()), mixed)) == len(mixed)
+    after_a_good_one = [batch([shot(0, [])], 1), *keV]
+    assert len(predict(PeakNetModule(Bright(), chain()), after_a_good_one)) == 1 + len(keV)
 
 
 def test_refusals_travel_with_a_batch_even_an_empty_one() -> None:

@@ -20,8 +20,9 @@ from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.callbacks.rate_log import RateLog
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.dataset import QueueDataset
+from peaknet_predict.first_refusals import UnfitStreamError
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.preprocess import MergeBatchChannelDims
+from peaknet_predict.preprocess import Crop, MergeBatchChannelDims
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.sources import EventSource, Simulator
@@ -205,6 +206,30 @@ def test_a_run_in_which_nothing_is_good_has_failed(cluster: MemoryCluster, tmp_p
         rig.predict()
     assert rig.writer.ledger.latency_ms(50, 99) == pytest.approx([np.nan] * 2, nan_ok=True)
     assert "all 30" in rig.balance()["problem"]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_events_of_which_none_fits_go_back_and_the_run_ends_with_one_sentence(
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture, writes: bool
+) -> None:
+    rig = Rig(cluster, tmp_path)
+    rig.module = PeakNetModule(rig.net, [Crop(16, 16), MergeBatchChannelDims()])
+    if not writes:
+        rig.trainer.callbacks.remove(rig.writer)  # type: ignore[attr-defined]
+    with pytest.raises(UnfitStreamError, match="leaves out 75% of a panel of 32x32"):
+        rig.predict()
+    acknowledged, quarantined, _, leased = rig.counts("in")
+    assert (acknowledged, quarantined, leased) == (0, 0, 0)
+    assert "refused event" not in said.text
+    assert "could not be delivered" not in said.text
+    if writes:
+        assert "no event fits this configuration" in rig.balance()["problem"]
+        assert rig.balance()["stages"]["predict"]["quarantined"] == 0
+        rig.module = PeakNetModule(rig.net, [MergeBatchChannelDims()])
+        rig.data.source = None
+        rig.data.resume = True
+        rig.predict()
+        assert rig.counts("in")[:2] == (rig.counts("out")[2], 0), "nothing was counted against them"
 
 
 def test_results_come_into_files_and_are_compared_with_what_was_planted(
