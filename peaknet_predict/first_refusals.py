@@ -1,4 +1,4 @@
-"""The refusals with which a run begins: are its events to blame, or is its configuration?"""
+"""The refusals with which a run begins: to blame are its events, or its configuration."""
 
 from __future__ import annotations
 

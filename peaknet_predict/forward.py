@@ -160,7 +160,7 @@ class ForwardPass:
                 if shape_BPHW not in self._shapes_seen:
                     output.check(type(self._net).__name__)
                     self._shapes_seen.add(shape_BPHW)
-                return output
+                return output.readable()
             self._choose()
 
     def _run(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None) -> NetworkOutput:

@@ -19,8 +19,9 @@ from peaknet_predict.forward import stage
 from peaknet_predict.network_output import NetworkOutput, NetworkOutputError
 from peaknet_predict.pixels import Bits
 from peaknet_predict.preprocess import Preprocess
+from peaknet_predict.preprocess.base import event_shape
 from peaknet_predict.slots import CpuSlot, Found, GpuSlot, Slot
-from peaknet_predict.types import EventBatch, PeakBatch, Peaks, Refusal, Result
+from peaknet_predict.types import Event, EventBatch, PeakBatch, Peaks, Refusal, Result
 
 _OVERFLOWED = "the network's logits are NaN or infinite"
 _BLIND = "no pixel of the image is finite"
@@ -131,7 +132,10 @@ class Ring:
             counts_BPHW, bad_bits_BK = slot.upload(batch)
         output = self._forward(counts_BPHW, bad_bits_BK)
         with stage("peaks"):
-            slot.find(output)
+            joined_NHW = None
+            if self._preprocess.cuts:
+                joined_NHW = self._preprocess.join(output.is_peak(), event_shape(counts_BPHW))
+            slot.find(output, joined_NHW)
         if batch.events:
             self._first.settle()
         pending = PendingPeaks(batch, list(batch.refused), self._first, slot, self._collect)
@@ -144,8 +148,9 @@ class Ring:
         events = batch.events
         _, panels, height, width = batch.images_BPHW.shape
         shape_PHW = (panels, height, width)
-        prepared_panels = self._preprocess.output_shape(shape_PHW)[0]
-        peaks_of_events = found.table.split(prepared_panels, len(events))
+        cuts = self._preprocess.cuts
+        found_panels = panels if cuts else self._preprocess.output_shape(shape_PHW)[0]
+        peaks_of_events = found.table.split(found_panels, len(events))
         collected = PeakBatch([])
         blind: list[Refusal] = []
         last: Bits | None = None
@@ -156,7 +161,8 @@ class Ring:
             if found.bad_pixels[k] >= event.image.size:
                 blind.append(Refusal(event.id, _BLIND))
                 continue
-            original, _ = self._preprocess.to_original(peaks, shape_PHW)
+            # Of patches put together, peaks are found in the original frame.
+            original = peaks if cuts else self._preprocess.to_original(peaks, shape_PHW)[0]
             if found.bad_pixels[k]:
                 # Wings around a masked core have their centroid on it.
                 original = original[~_on_bad(original, found.bad_bits_BK[k], shape_PHW)]
@@ -166,6 +172,8 @@ class Ring:
             # Most masks are those of the event before: kept and pickled once.
             if last is not None and np.array_equal(bits, last):
                 bits = last
+            elif bits.size:
+                self._preprocess.saturation_report.add(event, bits, self._marks(event))
             last = bits
             collected.results.append(
                 Result(
@@ -182,6 +190,10 @@ class Ring:
         self._check_finite(collected)
         collected.refused += blind  # no fault of the network's
         return collected
+
+    def _marks(self, event: Event) -> tuple[float, ...]:
+        dtype = event.image.dtype.newbyteorder("=")
+        return self._preprocess.validity.marks(torch.from_numpy(np.empty(0, dtype)).dtype)
 
     def _check_finite(self, collected: PeakBatch) -> None:
         """Raise if all events so far overflowed: it is the network's fault, not the events'."""

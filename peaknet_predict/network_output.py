@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peaknet_predict.preprocess import Prepared
+
+_FINDER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NetworkOutputError(ValueError):
@@ -46,6 +49,20 @@ class NetworkOutput(NamedTuple):
         logits_NCHW = self.logits_NCHW.to(torch.float32, copy=True)
         logits_NCHW[:, 0] += threshold
         return self._replace(logits_NCHW=logits_NCHW)
+
+    def readable(self) -> NetworkOutput:
+        """Return the output in a dtype that every peak finder reads: float64 becomes float32."""
+        if self.logits_NCHW.dtype in _FINDER_DTYPES:
+            return self
+        return self._replace(logits_NCHW=self.logits_NCHW.float())
+
+    def is_peak(self) -> Tensor:
+        """Return which pixels are peak, (N, H, W) bool: valid ones whose class is not 0."""
+        logits_NCHW = self.logits_NCHW
+        if self.stride != 1:
+            logits_NCHW = F.interpolate(logits_NCHW, scale_factor=self.stride, mode="bilinear")
+        class_map_NHW = logits_NCHW.softmax(1).argmax(1)
+        return (class_map_NHW != 0) & self.prepared.valid_N1HW[:, 0]
 
     def overflowed(self) -> Tensor:
         """Return which events have logits that are NaN or +inf, (B,) bool, without waiting.

@@ -52,8 +52,17 @@ class Slot(Protocol):
     def upload(self, batch: EventBatch) -> tuple[Tensor, Tensor | None]:
         """Bring pixels (B, P, H, W), and those declared bad as bits (B, K), to the device."""
 
-    def find(self, output: NetworkOutput) -> None:
-        """Begin to find the peaks in what the network gave."""
+    def find(self, output: NetworkOutput, joined_NHW: Tensor | None = None) -> None:
+        """Begin to find the peaks in what the network gave.
+
+        Parameters
+        ----------
+        output
+            What it gave.
+        joined_NHW
+            Where it was given patches of panels: which pixels of the whole panels are peak, see
+            `Preprocess.join`. Peaks are then found in these.
+        """
 
     def done(self) -> bool:
         """Whether `result` will return without waiting."""
@@ -74,13 +83,11 @@ class CpuSlot:
         """Return pixels and bits: they are where they are needed."""
         return batch.images_BPHW, _declared_bits(batch)
 
-    def find(self, output: NetworkOutput) -> None:
+    def find(self, output: NetworkOutput, joined_NHW: Tensor | None = None) -> None:
         """Keep the class map; peaks are found when somebody asks for them."""
-        prepared = output.prepared
-        class_map_NHW = output.logits_NCHW.softmax(1).argmax(1)
-        self._is_peak_NHW = (class_map_NHW != 0) & prepared.valid_N1HW[:, 0]
+        self._is_peak_NHW = output.is_peak() if joined_NHW is None else joined_NHW
         self._counts_3B = _counts(output)
-        self._bad_bits_BK = pack_masks(prepared.bad_BPHW)
+        self._bad_bits_BK = pack_masks(output.prepared.bad_BPHW)
 
     def done(self) -> bool:
         """Whether `result` will return without waiting: always."""
@@ -141,12 +148,13 @@ class GpuSlot:
         current.wait_event(self._copied)
         return self._images_BPHW, bits_BK
 
-    def find(self, output: NetworkOutput) -> None:
+    def find(self, output: NetworkOutput, joined_NHW: Tensor | None = None) -> None:
         """Enqueue peak finding, and the way of what is found to the host."""
         from peaknet_predict.peaks.finder import PeakFinder
 
         prepared = output.prepared
-        panels, _, height, width = prepared.images_N1HW.shape
+        valid_NHW = prepared.valid_N1HW[:, 0]
+        panels, height, width = (valid_NHW if joined_NHW is None else joined_NHW).shape
         finder = self._finder
         if finder is None or (finder.max_panels, finder.height, finder.width) != (
             panels,
@@ -157,9 +165,12 @@ class GpuSlot:
         # Before the table's own copy, whose event then covers all three.
         self._counts_3B = _copy_to_host(_counts(output), self._counts_3B)
         self._bad_bits_BK = _copy_to_host(pack_masks(prepared.bad_BPHW), self._bad_bits_BK)
-        self._pending = finder.enqueue(
-            logits=output.logits_NCHW, upsampling=output.stride, valid=prepared.valid_N1HW[:, 0]
-        )
+        if joined_NHW is None:
+            self._pending = finder.enqueue(
+                logits=output.logits_NCHW, upsampling=output.stride, valid=valid_NHW
+            )
+        else:
+            self._pending = finder.enqueue(class_map=joined_NHW)
 
     def done(self) -> bool:
         """Whether the batch's peaks are on the host."""

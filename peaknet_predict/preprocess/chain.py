@@ -5,6 +5,7 @@ Shape legend: B events, P panels of an event, N = B*P, H rows, W columns, M peak
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from peaknet_predict.preprocess.base import Shape, Transform, event_shape
+from peaknet_predict.preprocess.frames import Patchify
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
 from peaknet_predict.preprocess.outliers import OutlierReport, find_outliers
+from peaknet_predict.preprocess.saturation import SaturationReport
 from peaknet_predict.preprocess.validity import Validity
 from peaknet_predict.types import Peaks
 
@@ -59,8 +62,13 @@ class Preprocess(nn.Module):
 
     Attributes
     ----------
+    cuts
+        Whether panels are cut into patches, so that peaks are to be found in what `join` returns: a
+        peak on a seam would be one in each patch.
     outlier_report
         For whoever learns how many outliers an event has.
+    saturation_report
+        For whoever learns which of an event's pixels are bad.
 
     Raises
     ------
@@ -73,7 +81,10 @@ class Preprocess(nn.Module):
         _check_order(transforms)
         self.validity = Validity() if validity is None else validity
         self.transforms = nn.ModuleList(transforms)
+        self.cuts = any(isinstance(transform, Patchify) for transform in transforms)
+        self._sources: dict[tuple[Shape, torch.device], Tensor] = {}
         self.outlier_report = OutlierReport()
+        self.saturation_report = SaturationReport()
 
     def forward(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> Prepared:
         """Prepare a batch: `widen`, then `transform`.
@@ -144,6 +155,34 @@ class Preprocess(nn.Module):
             if not isinstance(transform, InstanceNorm | LocalNorm):
                 values_BPHW, real_BPHW = transform(values_BPHW, real_BPHW)
         return torch.where(real_BPHW, values_BPHW, fill)
+
+    def join(self, values_NHW: Tensor, shape_PHW: Shape) -> Tensor:
+        """Put values that belong to pixels of prepared panels back to where the pixels were.
+
+        Parameters
+        ----------
+        values_NHW
+            (N, H', W') bool.
+        shape_PHW
+            Shape of the original events.
+
+        Returns
+        -------
+        Tensor
+            (B*P, H, W) bool; False where a pixel was cut off.
+        """
+        size = math.prod(shape_PHW)
+        key = shape_PHW, values_NHW.device
+        if key not in self._sources:
+            self._sources.clear()
+            indices = torch.arange(size, device=values_NHW.device).view(1, *shape_PHW)
+            # What is padding goes into one more place, behind the last pixel.
+            self._sources[key] = self.move(indices, fill=size).flatten()
+        source_S = self._sources[key]
+        values_BS = values_NHW.reshape(-1, len(source_S))
+        joined_BS = values_BS.new_zeros(len(values_BS), size + 1)
+        joined_BS.index_copy_(1, source_S, values_BS)
+        return joined_BS[:, :size].reshape(-1, *shape_PHW[1:])
 
     def output_shape(self, shape_PHW: Shape) -> Shape:
         """Return the shape of a prepared event, (panels, height, width), without making one.

@@ -113,8 +113,7 @@ class Validity(nn.Module):
         """Say that images of a dtype mark bad pixels as saturated ones; None if they do not."""
         if self.saturation is None or not self._use_dtype:
             return None
-        marks = FLOAT_SENTINELS if dtype.is_floating_point else self.marks(dtype)
-        if self.saturation not in marks:
+        if self.saturation not in self.marks(dtype):
             return None
         return (
             f"{self.saturation:g} is what saturated pixels read, but in {dtype} it marks bad ones, "
@@ -167,7 +166,7 @@ class Validity(nn.Module):
         same_BPHW = counts_BPHW.view(_SIGNED.get(counts_BPHW.dtype, counts_BPHW.dtype))
         if not self._use_dtype:
             return torch.ones_like(same_BPHW, dtype=torch.bool)
-        first, *others = self.marks(counts_BPHW.dtype)
+        first, *others = self._integer_marks(counts_BPHW.dtype)
         highest = torch.iinfo(same_BPHW.dtype).max
         wrap = 2 * (highest + 1)
         valid_BPHW = same_BPHW != (first if first <= highest else first - wrap)
@@ -175,10 +174,15 @@ class Validity(nn.Module):
             valid_BPHW &= same_BPHW != (mark if mark <= highest else mark - wrap)
         return valid_BPHW
 
-    def marks(self, dtype: torch.dtype) -> list[int]:
-        """Return the values that mark bad pixels of an integer dtype."""
+    def marks(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """Return the values that mark bad pixels of a dtype, but for ranges of floating point."""
         if not self._use_dtype:
-            return []
+            return ()
+        if dtype.is_floating_point:
+            return (*FLOAT_SENTINELS, *self._listed)
+        return tuple(self._integer_marks(dtype))
+
+    def _integer_marks(self, dtype: torch.dtype) -> list[int]:
         ends = torch.iinfo(dtype)
         listed = [int(v) for v in self._listed if v == int(v) and ends.min <= v <= ends.max]
         return [*_ENDS[dtype], *listed]

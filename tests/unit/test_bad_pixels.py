@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,30 @@ def test_saturated_pixels_that_read_as_bad_ones_are_a_warning(
     assert found(result, places).all()
     assert result.bad_pixels == 0
     assert not caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["u1", ">u2", "i4", "f4"])
+def test_saturated_cores_left_out_as_bad_are_a_warning_without_being_asked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+    image, places = planted(dtype)
+    mark = 65535 if dtype == "f4" else sentinels(np.dtype(dtype))[-1]
+    dead = image.copy()
+    dead[0, 100:104] = dead[0, :, 40] = dead[0, 3, 3] = mark  # gaps cut some peaks, too
+    saturated = dead.copy()
+    for panel, y, x in places[:3]:
+        saturated[panel, y - 1 : y + 2, x - 1 : x + 2] = mark
+    masked = np.ma.MaskedArray(image, np.zeros(image.shape, np.bool_))
+    for panel, y, x in places[3:6]:
+        masked.mask[panel, y - 1 : y + 2, x - 1 : x + 2] = True
+    module = PeakNetModule(LocalSnr(), chain()).eval()
+    module.predict_step(batch_of(dead, masked), 0).result()
+    assert not caplog.text
+    module.predict_step(batch_of(saturated, saturated, image), 0).result()
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert re.match(rf"event s:0:0: 27 pixels that read {mark:.12g} are left out as bad", warning)
+    assert "set bad_values: none, and give a mask" in warning
 
 
 def test_outliers_are_a_warning_that_names_the_event(

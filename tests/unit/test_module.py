@@ -69,6 +69,34 @@ def test_peaks_are_in_the_original_frame(first: list[Transform]) -> None:
     assert only.results[0].peaks.tolist() == [list(map(float, spot)) for spot in spots]
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        chain(Patchify(16, 20)),
+        chain(Pad(40, 44), Patchify(16, 20)),
+        chain(Patchify(16, 20), Patchify(8, 12)),
+    ],
+    ids=["plain", "padded", "twice"],
+)
+def test_a_peak_on_a_seam_is_one_peak_at_its_place(cut: list[Transform]) -> None:
+    event = shot(0, [])
+    middles = [(0, 16, 20), (0, 5, 20), (1, 16, 8), (0, 31, 39), (1, 0, 20), (1, 24, 32)]
+    for panel, y, x in middles:
+        event.image[panel, max(0, y - 2) : y + 2, max(0, x - 2) : x + 2] = 100.0
+    (whole,) = predict(PeakNetModule(Bright(), chain()), [batch([event], 2)])
+    assert len(whole.results[0].peaks) == len(middles)
+    (only,) = predict(PeakNetModule(Bright(), cut), [batch([event], 2)])
+    assert only.results[0].peaks.tolist() == whole.results[0].peaks.tolist()
+
+
+def test_float64_logits_are_read_as_any_other() -> None:
+    module = PeakNetModule(Returns(lambda logits: logits.double()), chain())
+    output = module._logits(torch.from_numpy(shot(0, [(1, 3, 4)]).image)[None])
+    assert output.logits_NCHW.dtype == torch.float32
+    (only,) = predict(module, [batch([shot(0, [(1, 3, 4)])], 1)])
+    assert only.results[0].peaks.tolist() == [[1, 3, 4]]
+
+
 def test_padding_and_bad_pixels_are_never_peaks() -> None:
     dark = shot(0, [(0, 5, 5)])
     dark.image[:] -= 1000.0  # zeros of the padding now stand far above the data
