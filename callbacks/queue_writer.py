@@ -17,10 +17,9 @@ from peaknet_predict.callbacks.outbox import Outbox
 from peaknet_predict.callbacks.sign_off import Ending, SignOff
 from peaknet_predict.data import QueueDataModule
 from peaknet_predict.dataset import QueueDataset
-from peaknet_predict.first_refusals import UnfitStreamError
+from peaknet_predict.first_refusals import BlamelessError, UnfitStreamError
 from peaknet_predict.in_flight import PendingPeaks
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.process.files import expanded
 from peaknet_predict.process.last_words import LastWords
@@ -240,9 +239,7 @@ class QueueWriter(BasePredictionWriter):
                     log.error("could not be delivered: %s", error)
         if run.dataset is not None:
             # What is left may be what caused it; the queue counts, and isolates it in the end.
-            innocent = isinstance(
-                exception, KeyboardInterrupt | BalanceError | NetworkOutputError | UnfitStreamError
-            )
+            innocent = isinstance(exception, KeyboardInterrupt | BalanceError | BlamelessError)
             try:
                 if isinstance(exception, UnfitStreamError) and not run.dataset.queue.admin.leases:
                     # Another program's queue takes nothing back: better there than nowhere.

@@ -9,8 +9,7 @@ from typing import Protocol
 import lightning as L
 
 from peaknet_predict.dataset import QueueDataset
-from peaknet_predict.first_refusals import UnfitStreamError
-from peaknet_predict.network_output import NetworkOutputError
+from peaknet_predict.first_refusals import BlamelessError
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import QueueError
 from peaknet_predict.types import EventBatch, PeakBatch
@@ -107,9 +106,7 @@ class Acknowledger(L.Callback):
         """Give back what is held; with an error, as events that may have caused it."""
         if not self._acts:
             return
-        innocent = isinstance(
-            exception, KeyboardInterrupt | BalanceError | NetworkOutputError | UnfitStreamError
-        )
+        innocent = isinstance(exception, KeyboardInterrupt | BalanceError | BlamelessError)
         try:
             self._dataset.release(None if innocent else f"{type(exception).__name__}: {exception}")
         except QueueError as error:

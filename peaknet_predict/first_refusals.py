@@ -14,7 +14,11 @@ _ALIKE = 32
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
 
 
-class UnfitStreamError(ValueError):
+class BlamelessError(ValueError):
+    """The run cannot go on, and its events are not to blame: they go back into the queue."""
+
+
+class UnfitStreamError(BlamelessError):
     """No event of the stream can be processed with this configuration; none of them is to blame.
 
     Attributes

@@ -106,6 +106,8 @@ class Ring:
         The peaks' way back to the original frame.
     first
         Is told that an event can be processed.
+    provenance
+        Of all results, see `Result.provenance`.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class Ring:
         forward: Callable[[Tensor, Tensor | None], NetworkOutput],
         preprocess: Preprocess,
         first: FirstRefusals,
+        provenance: str,
     ) -> None:
         self._forward, self._preprocess, self._first = forward, preprocess, first
+        self._provenance = provenance
         self._were_finite, self._num_overflowed = False, 0
         # In the order in which they are used again.
         self._slots: deque[tuple[Slot, PendingPeaks | None]] = deque(
@@ -185,6 +189,7 @@ class Ring:
                     event.put_at,
                     bits,
                     self._preprocess.validity.saturation,
+                    self._provenance,
                 )
             )
         self._check_finite(collected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from peaknet_predict.first_refusals import FirstRefusals
 from peaknet_predict.forward import ForwardPass
 from peaknet_predict.in_flight import PendingPeaks, Ring
-from peaknet_predict.models.provenance import Provenance
+from peaknet_predict.models.provenance import Provenance, settings_of
 from peaknet_predict.network_output import NetworkOutput
 from peaknet_predict.preprocess import Preprocess, Transform, Validity, read_mask
 from peaknet_predict.preprocess.validity import BadValues
@@ -113,11 +114,20 @@ class PeakNetModule(L.LightningModule):
         if num_overlap < 1:
             raise ValueError(f"num_overlap is {num_overlap}; at least one batch is under way")
         self.net = net
-        self.provenance = Provenance(net, weights, threshold, random_weights)
         if mask is None and (mask_good is not None or mask_bad is not None):
             raise ValueError("mask_good and mask_bad are bits of a mask: give the mask, too")
         static = None if mask is None else read_mask(mask, mask_good, mask_bad)
         self.preprocess = Preprocess(preprocess, Validity(bad_values, static, saturation))
+        pixels = {
+            "preprocess": [{"class": type(one).__name__, **settings_of(one)} for one in preprocess],
+            "bad_values": bad_values,
+            "saturation": saturation,
+            "mask": mask,
+            "mask_good": mask_good,
+            "mask_bad": mask_bad,
+            "mask_sha256": None if static is None else static.sha256(),
+        }
+        self.provenance = Provenance(net, weights, threshold, random_weights, pixels)
         self.num_overlap = num_overlap
         self.warmup_shapes = warmup_shapes or []
         self._forward_pass = ForwardPass(net, self.preprocess, compile, fast)
@@ -195,7 +205,14 @@ class PeakNetModule(L.LightningModule):
             return self._ring.submit(batch)
 
     def _new_ring(self) -> Ring:
-        return Ring(self.device, self.num_overlap, self._logits, self.preprocess, self._first)
+        return Ring(
+            self.device,
+            self.num_overlap,
+            self._logits,
+            self.preprocess,
+            self._first,
+            json.dumps(self.provenance.record()),
+        )
 
     def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
         return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.provenance.threshold)

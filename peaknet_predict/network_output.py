@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peaknet_predict.first_refusals import BlamelessError
 from peaknet_predict.preprocess import Prepared
 
 _FINDER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class NetworkOutputError(ValueError):
-    """A network returns something in which no peaks can be found; no event is to blame."""
+class NetworkOutputError(BlamelessError):
+    """A network returns something in which no peaks can be found."""
 
 
 class NetworkOutput(NamedTuple):

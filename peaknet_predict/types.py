@@ -131,6 +131,9 @@ class Result:
         was, None if that is not known (results of other programs).
     saturation
         Counts from which on a pixel is saturated; None if that is not known.
+    provenance
+        What the peaks depend on (network, weights, operating point, mask...), as JSON, see
+        docs/formats.md; None if that is not known.
     """
 
     id: EventId
@@ -141,6 +144,7 @@ class Result:
     put_at: float = 0.0
     bad_bits: Bits | None = None
     saturation: float | None = None
+    provenance: str | None = None
 
     def __post_init__(self) -> None:
         self.image, masked = split_masked(self.image)

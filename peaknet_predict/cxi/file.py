@@ -155,6 +155,8 @@ class CxiEvent:
         Whether there was such a cut.
     bad_pixels
         Number of pixels that the peak finder left out.
+    provenance
+        What the peaks depend on, as JSON; empty if that is not known.
     """
 
     id: EventId
@@ -167,6 +169,7 @@ class CxiEvent:
     num_peaks_found: int
     truncated: bool
     bad_pixels: int
+    provenance: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +242,7 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
         data, mask, own, result = file[DATA], file[MASK], file[OWN], file[PEAKS]
         shape_PHW = _shape_of(data)
         energy_eV = file[ENERGY_EV][:]
-        streams = own["stream"].asstr()[:]
+        streams, provenances = own["stream"].asstr()[:], own["provenance"].asstr()[:]
         for i in range(len(data)):
             x, slab_y = read_peak_list(result, i)
             panel = np.rint(slab_y) // shape_PHW[1]
@@ -254,6 +257,7 @@ def read_cxi(path: str | Path) -> Iterator[CxiEvent]:
                 num_peaks_found=int(own["numPeaksFound"][i]),
                 truncated=bool(own["truncated"][i]),
                 bad_pixels=int(own["badPixels"][i]),
+                provenance=str(provenances[i]),
             )
 
 

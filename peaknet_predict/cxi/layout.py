@@ -14,6 +14,8 @@ dimension for panels. A file of N events holds::
     /LCLS/photon_energy_eV                       (N,) float64
     /entry_1/peaknet_predict/stream, rank, idx, numPeaksFound, truncated, badPixels        (N,)
     /entry_1/peaknet_predict/saturation          (N,) float64, counts, NaN where it is not known
+    /entry_1/peaknet_predict/threshold           (N,) float64, log odds, NaN where it is not known
+    /entry_1/peaknet_predict/provenance          (N,) text, JSON: what the peaks depend on
     /entry_1/peaknet_predict/peakSaturated       (N, max_peaks) uint8, 1 = has a saturated pixel
 
 A peak (panel, y, x) is at X = x, Y = panel * H + y: 0-based pixel indices of the slab, pixel
@@ -68,6 +70,8 @@ def contents_of(rows: Sequence[CxiRow], max_peaks: int, run: str, writer: str) -
         f"{OWN}/numPeaksFound": np.array([len(r.peaks) for r in results], dtype=np.int32),
         f"{OWN}/truncated": np.array([row.truncated for row in rows], dtype=np.uint8),
         f"{OWN}/saturation": np.array([r.saturation for r in results], dtype=np.float64),
+        f"{OWN}/threshold": np.array([row.threshold for row in rows], dtype=np.float64),
+        f"{OWN}/provenance": np.array([r.provenance or "" for r in results], dtype=object),
         f"{OWN}/badPixels": np.array([r.bad_pixels for r in results], dtype=np.int64),
     }
     for k, name in enumerate(COLUMNS):

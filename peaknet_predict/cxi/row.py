@@ -8,6 +8,7 @@ Shape legend: P panels, H rows and W columns of a panel, M peaks of an event.
 
 from __future__ import annotations
 
+import json
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ class CxiRow:
     bad: npt.NDArray[np.bool_] | None
     table: npt.NDArray[np.float64]
     saturated: npt.NDArray[np.bool_]
+
+    @property
+    def threshold(self) -> float:
+        """The operating point of its peaks, log odds; NaN if it is not known."""
+        provenance = self.result.provenance
+        return float("nan") if provenance is None else float(json.loads(provenance)["threshold"])
 
     @property
     def kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -98,6 +105,7 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     # Without an energy, 0 or NaN, the peaks are still worth something; a wrong one misleads.
     if energy > 0 and not is_plausible(energy):
         raise ValueError(explain_implausible(energy))
+    _check_provenance(result.provenance)
     bad = result.bad_mask()
     intensities = integrate_peaks(image, result.peaks, bad, result.saturation)
     height, width = image.shape[-2:]
@@ -114,6 +122,15 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
         table=np.ascontiguousarray(table[:, order], dtype=np.float64),
         saturated=intensities.saturated[order],
     )
+
+
+def _check_provenance(provenance: Any) -> None:
+    if provenance is None:
+        return
+    try:
+        float(json.loads(provenance.encode())["threshold"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"its provenance is no JSON with a threshold: {error}") from error
 
 
 def _fits(value: Any) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from peaknet_predict import __version__
 from peaknet_predict.models.weights import load_weights, stored_threshold
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ class Provenance:
         Log odds above which a pixel is peak; None for what the weight file asks for, else 0.
     allow_random
         Whether random parameters may predict.
+    pixels
+        What decides which pixels count, for the record: names and values that JSON can hold.
 
     Attributes
     ----------
@@ -46,11 +50,18 @@ class Provenance:
     """
 
     def __init__(
-        self, net: nn.Module, weights: str | None, threshold: float | None, allow_random: bool
+        self,
+        net: nn.Module,
+        weights: str | None,
+        threshold: float | None,
+        allow_random: bool,
+        pixels: Mapping[str, Any],
     ) -> None:
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold is {threshold}; give a finite number, 0 by default")
         self._network = type(net).__name__
+        self._settings = settings_of(net)
+        self._pixels = dict(pixels)
         self._allow_random = allow_random
         self.weights_sha256: str | None = getattr(net, "weights_sha256", None)
         says_so = hasattr(net, "weights_sha256")
@@ -87,9 +98,23 @@ class Provenance:
         log.info("operating point: a pixel is peak above log odds of %g", self.threshold)
 
     def record(self) -> dict[str, Any]:
-        """Return what the peaks depend on, for the record of a run."""
+        """Return what the peaks depend on, for the record of a run, and for that of each result."""
         return {
+            "version": __version__,
             "class": self._network,
+            "settings": self._settings,
             "weights_sha256": self.weights_sha256,
             "threshold": self.threshold,
+            **self._pixels,
         }
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """Return a module's public attributes that are numbers or texts: most often its arguments."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float, str)
+        and not name.startswith("_")
+        and name not in ("training", "weights_sha256")
+    }

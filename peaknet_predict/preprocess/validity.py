@@ -5,6 +5,7 @@ Shape legend: B events, P panels of an event, H rows, W columns, K bytes of a ma
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Literal, NamedTuple
 
@@ -49,6 +50,12 @@ class StaticMask(NamedTuple):
     at_least: float = -math.inf
     at_most: float = math.inf
     values: tuple[float, ...] = ()
+
+    def sha256(self) -> str:
+        """Return a digest of all of this: another mask under the same file name has another one."""
+        digest = hashlib.sha256(repr((self.bad.shape, *self[1:])).encode())
+        digest.update(np.packbits(self.bad).tobytes())
+        return digest.hexdigest()
 
 
 class Validity(nn.Module):

@@ -23,7 +23,7 @@ from peaknet_predict.types import Event, Result
 
 T = TypeVar("T")
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are looked at while nobody calls

@@ -50,7 +50,7 @@ def encode(record: Record) -> tuple[bytes, list[Buffer]]:
         fields |= {"bad_bits": part(record.bad_bits)}
     if isinstance(record, Result):
         fields |= {"peaks": part(record.peaks), "bad_pixels": record.bad_pixels}
-        fields |= {"saturation": record.saturation}
+        fields |= {"saturation": record.saturation, "provenance": record.provenance}
     return json.dumps([type(record).__name__, fields]).encode(), buffers
 
 
@@ -98,4 +98,5 @@ def decode(skeleton: Buffer, data: memoryview) -> Record:
         fields["put_at"],
         bad_bits,
         fields["saturation"],
+        fields["provenance"],
     )

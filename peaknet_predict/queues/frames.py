@@ -13,7 +13,7 @@ from typing import NamedTuple
 from peaknet_predict.process.files import FileSystem, write_all
 from peaknet_predict.queues.codec import Buffer
 
-FORMAT = 3
+FORMAT = 4
 """Version of what stands in the files."""
 
 _MAGIC = b"PkSp"

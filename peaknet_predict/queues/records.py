@@ -144,6 +144,8 @@ def plain(record: Record) -> Record:
     arrays = [record.image, record.peaks] if isinstance(record, Result) else [record.image]
     if record.bad_bits is not None:
         arrays.append(record.bad_bits)
+    if isinstance(record, Result) and type(record.provenance) not in (str, type(None)):
+        raise ValueError(f"result {record.id}: its provenance must be text")
     if all(_is_plain(array) for array in arrays) and type(record.photon_energy) is float:
         return record
     if isinstance(record, Result):

@@ -16,6 +16,7 @@ import pytest
 import ray
 import yaml
 
+from peaknet_predict import __version__
 from peaknet_predict.callbacks.planted_score import score_files
 from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.queues import QueueAddress, connect_queue
@@ -73,13 +74,27 @@ def test_three_processes_on_one_ray(
         *("--directory", tmp_path / "cxi", "--events_per_file", 10),
         cwd=tmp_path,
     )
-    predict = start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path)
+    mask = np.zeros((2, 160, 192), np.uint8)
+    mask[1, 7, 9] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    model = ("--model.init_args.threshold", 0.25, "--model.init_args.mask", "mask.npy")
+    predict = start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, *model, cwd=tmp_path)
     feed = start("feed", "-c", simulator_yaml, "--address", cluster, cwd=tmp_path)
     assert "fed 21 events" in finish(feed)
     assert "received 21 = predicted 21 + refused 0" in finish(predict)
     said = finish(writer)
     assert "taken 21 = written 21 + filtered 0 + refused 0, in 3 files" in said
-    stages = json.loads((tmp_path / "predict_balance.json").read_text())["stages"]
+    record = json.loads((tmp_path / "predict_balance.json").read_text())
+    network, stages = record["network"], record["stages"]
+    assert (network["class"], network["weights_sha256"]) == ("LocalSnr", None)
+    assert (network["threshold"], network["settings"]["threshold"]) == (0.25, 5.0)
+    assert (network["mask"], network["bad_values"]) == ("mask.npy", "auto")
+    assert network["version"] == __version__
+    for path in (tmp_path / "cxi").glob("*.cxi"):
+        with h5py.File(path) as file:
+            own = file["entry_1/peaknet_predict"]
+            assert set(own["threshold"][:]) == {0.25}
+            assert all(json.loads(one) == network for one in own["provenance"].asstr()[:])
     assert stages["input"]["accepted"] == stages["input"]["acknowledged"] == 21
     assert stages["predict"]["predicted"] == stages["output"]["accepted"] == 21
     stages = json.loads((tmp_path / "cxi" / "peaks_balance.json").read_text())["stages"]

@@ -268,9 +268,10 @@ def test_saturated_cores_left_out_as_bad_are_a_warning_without_being_asked(
     saturated = dead.copy()
     for panel, y, x in places[:3]:
         saturated[panel, y - 1 : y + 2, x - 1 : x + 2] = mark
-    masked = np.ma.MaskedArray(image, np.zeros(image.shape, np.bool_))
+    by_hand = np.zeros(image.shape, np.bool_)
     for panel, y, x in places[3:6]:
-        masked.mask[panel, y - 1 : y + 2, x - 1 : x + 2] = True
+        by_hand[panel, y - 1 : y + 2, x - 1 : x + 2] = True
+    masked = np.ma.MaskedArray(image, by_hand)
     module = PeakNetModule(LocalSnr(), chain()).eval()
     module.predict_step(batch_of(dead, masked), 0).result()
     assert not caplog.text

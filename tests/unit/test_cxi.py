@@ -108,6 +108,8 @@ def test_layout(tmp_path: Path) -> None:
         assert own["idx"][:].tolist() == own["badPixels"][:].tolist() == [0, 1, 2, 3]
         assert own["numPeaksFound"][:].tolist() == [0, 1, 2, 3]
         assert own["truncated"][:].tolist() == [0] * 4
+        assert own["provenance"].asstr()[:].tolist() == [""] * 4, "not known"
+        assert np.isnan(own["threshold"][:]).all()
 
 
 def test_peak_lists_as_crystfel_reads_them(tmp_path: Path) -> None:
@@ -204,6 +206,15 @@ def test_values_that_mark_dead_pixels_are_masked_where_a_result_has_no_mask(
     assert np.argwhere(event.mask).tolist() == [[0, 3, 4]]
     assert event.intensity.tolist() == [0.0]
     assert event.saturated.tolist() == [False], "not known"
+
+
+def test_a_provenance_that_cannot_be_read_goes_into_no_file(tmp_path: Path) -> None:
+    with CxiWriter(tmp_path) as writer:
+        for wrong in ("{", "{}", "[]", '{"threshold": "high"}', '{"threshold": 0}\0', "\udc80"):
+            result = make_result(0)
+            result.provenance = wrong
+            with pytest.raises(ValueError, match="its provenance is no JSON with a threshold"):
+                writer.add(result)
 
 
 @pytest.mark.parametrize("energy", [9.5, 1.305, 1.5e-15, 5.9e22])

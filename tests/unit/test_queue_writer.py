@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import lightning as L
 import numpy as np
 import pytest
@@ -239,8 +240,32 @@ def test_results_come_into_files_and_are_compared_with_what_was_planted(
     files = CxiOutput(str(tmp_path / "cxi"), events_per_file=2)
     score = PlantedPeakScore()
     rig = Rig(cluster, tmp_path, source=source, callbacks=[files, score])
+    mask = str(tmp_path / "mask.npy")
+    np.save(mask, np.eye(64, dtype=np.uint8))
+    rig.module = PeakNetModule(
+        rig.net,
+        [MergeBatchChannelDims()],
+        threshold=0.5,
+        bad_values=[-2],
+        saturation=900.0,
+        mask=mask,
+        mask_bad=2,
+    )
     rig.predict()
     assert written(tmp_path / "cxi") == [0, 1, 2]
+    with h5py.File(tmp_path / "cxi" / "peaks_0000.cxi") as file:
+        own = file["entry_1/peaknet_predict"]
+        assert own["threshold"][:].tolist() == [0.5, 0.5]
+        provenance = json.loads(own["provenance"].asstr()[1])
+    assert provenance == rig.module.provenance.record() == rig.balance()["network"]
+    assert {key: provenance[key] for key in ("class", "bad_values", "mask_bad", "saturation")} == {
+        "class": "Bright",
+        "bad_values": [-2],
+        "mask_bad": 2,
+        "saturation": 900.0,
+    }
+    assert provenance["preprocess"] == [{"class": "MergeBatchChannelDims"}]
+    assert (provenance["mask"], len(provenance["mask_sha256"])) == (mask, 64)
     assert score.score is not None
     assert score.score.planted >= score.score.found
 

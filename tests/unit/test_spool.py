@@ -38,7 +38,8 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     peaks = np.array([[0.0, 1.5, 2.5]])
     bits = np.array([5], np.uint8)
-    result = Result(EventId("s", 1, 2), np.zeros((2, 3), np.float32), peaks, 9.0, 4, 2.5, bits, 7e4)
+    image = np.zeros((2, 3), np.float32)
+    result = Result(EventId("s", 1, 2), image, peaks, 9.0, 4, 2.5, bits, 7e4, '{"threshold": 1.5}')
     payload = [1, 2, np.arange(6.0).reshape(2, 3)[:, ::-1], float("inf")]
     masked = np.ma.masked_greater(np.arange(6).reshape(2, 3), 3)
     strange = (b"raw", "text", 1j, None, Opaque("Strange thing"), np.zeros((0, 3)), masked)
@@ -51,6 +52,7 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.image, event(7).image)
     assert isinstance(two, Result)
     assert (two.id, two.bad_pixels, two.saturation) == (EventId("s", 1, 2), 4, 7e4)
+    assert two.provenance == result.provenance
     np.testing.assert_array_equal(two.bad_bits, bits)
     np.testing.assert_array_equal(two.peaks, peaks)
     assert isinstance(three, ForeignItem)
@@ -170,7 +172,7 @@ def test_a_spool_of_another_version_is_refused_with_a_sentence(tmp_path: Path) -
     earlier = b"PQ\x03\x00" + bytes(100)
     (tmp_path / "00000001.spool").write_bytes(earlier)
     with pytest.raises(
-        SpoolError, match=r"another version of this program \(format 1, ours is 3\)"
+        SpoolError, match=r"another version of this program \(format 1, ours is 4\)"
     ):
         Spool(tmp_path)
     assert (tmp_path / "00000001.spool").read_bytes() == earlier
