@@ -22,7 +22,8 @@ from benchmarks.accuracy.data_sets import held_out
 from benchmarks.accuracy.finders import find, make_module
 from benchmarks.accuracy.matching import STRONG
 from benchmarks.accuracy.simulated_shots import Candidate, score
-from benchmarks.speed.forward import COUNT_OFF, MATCH_RADIUS, MATCHED, print_table
+from benchmarks.speed.agreement import COUNT_OFF, MATCH_RADIUS, MATCHED
+from benchmarks.speed.forward import print_table
 from peaknet_predict.peaks.match import match_peaks
 from peaknet_predict.types import Peaks
 

@@ -21,26 +21,16 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.accuracy.data_sets import DATA_SETS
 from benchmarks.accuracy.finders import make_module
-from benchmarks.speed.forward import (
-    COUNT_OFF,
-    MATCH_RADIUS,
-    MATCHED,
-    SAME_CLASS,
-    centres,
-    matched,
-    medians,
-    print_table,
-)
+from benchmarks.speed.agreement import GATES, HEADER, compare
+from benchmarks.speed.forward import medians, print_table
 from benchmarks.speed.pipeline import Sink, make_trainer, windows_of
 from peaknet_predict.models import PeakNet
 from peaknet_predict.models.fast import FastPeakNet, support
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.peaks import find_peaks
 from peaknet_predict.types import Event, EventBatch, EventId
 
 COUNTS = 20  # a pixel, on average
@@ -150,7 +140,7 @@ def agreement(config: str, events: int) -> bool:
     support.load_kernels()
     fast = FastPeakNet(net).cuda().eval()
     rounded = copy.deepcopy(net).bfloat16()
-    rows = [["shots", "network", "same class", "matched", "peaks", "off", ""]]
+    rows = [["shots", "network", *HEADER]]
     passed = True
     for name in ("default", "cspad"):
         images = [shot.image_PHW for shot in DATA_SETS[name](events, 0, "cpu").hits]
@@ -162,27 +152,13 @@ def agreement(config: str, events: int) -> bool:
             exact = torch.cat([net(part).argmax(1) for part in parts]) * valid_NHW
             for label, network in (("plain, bfloat16", rounded), ("fast", fast)):
                 maps = [network(part.bfloat16()).argmax(1) for part in parts]
-                row, ok = compare(label, exact, torch.cat(maps) * valid_NHW)
-                rows.append([name, *row])
+                columns, ok = compare(exact, torch.cat(maps) * valid_NHW)
+                rows.append([name, label, *columns])
                 passed &= ok or label != "fast"
     print()
     print_table(rows)
-    print(f"gates: same class >= {SAME_CLASS}, matched within {MATCH_RADIUS} px >= {MATCHED},")
-    print(f"number off by <= {COUNT_OFF:.1%}", flush=True)
+    print(GATES, flush=True)
     return passed
-
-
-def compare(name: str, exact_NHW: Tensor, other_NHW: Tensor) -> tuple[list[str], bool]:
-    """Return a row of the table of agreement, and whether it passes the gates."""
-    panels = len(exact_NHW)
-    same = float((exact_NHW == other_NHW).double().mean())
-    exact, other = (centres(find_peaks(map_NHW), panels) for map_NHW in (exact_NHW, other_NHW))
-    count, other_count = sum(map(len, exact)), sum(map(len, other))
-    share = min(matched(exact, other, MATCH_RADIUS), matched(other, exact, MATCH_RADIUS))
-    off = abs(other_count - count) / max(count, 1)
-    ok = same >= SAME_CLASS and share >= MATCHED and off <= COUNT_OFF
-    row = [name, f"{same:.6f}", f"{share:.4f}", f"{other_count} of {count}", f"{off:.2%}"]
-    return [*row, "pass" if ok else "FAIL"], ok
 
 
 def main() -> None:

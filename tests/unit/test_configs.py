@@ -40,6 +40,7 @@ def printed(
     return parsed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda path: path.stem)
 def test_every_model_goes_with_every_topology(model: Path, topology: Path) -> None:
@@ -58,6 +59,7 @@ def test_the_demos_model_is_the_one_that_ships() -> None:
     assert printed(CONFIGS / "demo.yaml")["model"] == shipped
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
 def test_every_model_can_take_the_place_of_the_demos(model: Path) -> None:
     alone: Any = printed(CONFIGS / "predict.yaml", model)["model"]
@@ -175,6 +177,7 @@ DEFAULT = [str(CONFIGS / name) for name in ("predict.yaml", "models/peaknet.yaml
 CPU = str(CONFIGS / "topology" / "cpu.yaml")
 
 
+@pytest.mark.thorough
 def test_a_network_of_random_weights_is_refused_before_anything_starts(
     said: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +192,7 @@ def test_a_network_of_random_weights_is_refused_before_anything_starts(
     assert "PeakNet has no weights" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_random_weights_that_are_asked_for_are_pointed_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,7 @@ def test_making_it_changes_nothing_and_copies_everything() -> None:
         assert torch.equal(fast.coarse_logits(images_N1HW), expected)
 
 
+@pytest.mark.thorough
 @torch.inference_mode()
 def test_compiled_it_gives_the_same_in_one_graph() -> None:
     torch.compiler.reset()
@@ -578,6 +579,7 @@ def test_parameters_that_change_after_setup_count() -> None:
     assert next(net.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("on_cpu")
 def test_compiled_in_the_module_it_finds_the_same_peaks() -> None:
     torch.compiler.reset()

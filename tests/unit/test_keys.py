@@ -29,6 +29,6 @@ def test_it_is_the_set_it_stands_for(keys: list[EventId]) -> None:
     assert sorted(again.intervals()) == sorted(compact.intervals())
 
 
-def test_a_million_events_in_order_are_one_interval() -> None:
-    keys = KeySet(EventId("s", 0, idx) for idx in range(1_000_000))
-    assert list(keys.intervals()) == [("s", 0, [0, 1_000_000])]
+def test_many_events_in_order_are_one_interval() -> None:
+    keys = KeySet(EventId("s", 0, idx) for idx in range(100_000))
+    assert list(keys.intervals()) == [("s", 0, [0, 100_000])]

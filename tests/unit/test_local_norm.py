@@ -218,6 +218,7 @@ def test_wrong_orders_and_arguments_name_the_remedy() -> None:
         LocalNorm(block=1)
 
 
+@pytest.mark.thorough
 def test_the_graph_is_whole() -> None:
     torch.compiler.reset()
     preprocess = Preprocess([LocalNorm(), PadToMultiple(32), MergeBatchChannelDims()])

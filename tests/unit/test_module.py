@@ -177,6 +177,7 @@ def test_precision_is_the_trainers(precision: str, seen: torch.dtype) -> None:
     assert only.results[0].peaks.tolist() == [[0.0, 5.0, 5.0]]
 
 
+@pytest.mark.thorough
 def test_compilation_and_warm_up_happen_before_the_first_batch() -> None:
     net = Plain()
     module = PeakNetModule(net, chain(), compile=True, warmup_shapes=[(2, 2, 32, 40)])

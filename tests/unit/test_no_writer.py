@@ -8,6 +8,7 @@ import pytest
 
 from peaknet_predict.cli import main
 from peaknet_predict.doctor import doctor
+from tests.helpers.examples import thorough
 from tests.helpers.paths import CONFIGS
 
 SHIPPED = [
@@ -23,7 +24,7 @@ def words(*configs: Path) -> list[str]:
     return [word for config in configs for word in ("-c", str(config))]
 
 
-@pytest.mark.parametrize("callbacks", ["null", "[]", ONLY_RATES])
+@pytest.mark.parametrize("callbacks", ["null", *thorough("[]", ONLY_RATES)])
 def test_on_the_command_line(callbacks: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["predict", *words(*SHIPPED), "--trainer.callbacks", callbacks])
@@ -31,6 +32,7 @@ def test_on_the_command_line(callbacks: str, capsys: pytest.CaptureFixture[str])
     assert REASON in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_in_a_second_configuration_and_doctor_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

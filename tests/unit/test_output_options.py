@@ -43,6 +43,7 @@ def test_options_reach_the_callbacks_and_leave_the_rest(tmp_path: Path) -> None:
     assert writer.queue_address.quarantine == plain.queue_address.quarantine
 
 
+@pytest.mark.thorough
 def test_a_configuration_may_have_them_and_what_is_printed_is_one(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"output": {"directory": "from_file", "min_peaks": 4}}))

@@ -110,6 +110,7 @@ def test_stages_must_match(sizes: tuple[int, ...], depths: tuple[int, ...]) -> N
         PeakNet(sizes, depths)
 
 
+@pytest.mark.thorough
 @torch.inference_mode()
 def test_the_graph_is_whole() -> None:
     """One graph without a break; the eager backend, because compiling takes a minute here."""

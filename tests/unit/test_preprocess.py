@@ -254,6 +254,7 @@ def test_wrong_arguments() -> None:
         chain()(torch.zeros(4, 8, 8))
 
 
+@pytest.mark.thorough
 def test_the_graph_is_whole() -> None:
     torch.compiler.reset()
     preprocess = chain(

@@ -20,6 +20,7 @@ from peaknet_predict.process.balance import BalanceError, SurvivedError
 from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.types import Event, EventBatch, EventId, PeakBatch, Result
 from tests.helpers.chain import written
+from tests.helpers.examples import thorough
 from tests.helpers.memory_cluster import MemoryCluster, install
 from tests.helpers.prediction import shot
 
@@ -185,7 +186,7 @@ def test_when_rank_0_fails_its_files_are_complete_all_the_same(
     assert written(tmp_path / "cxi") == list(range(EVENTS))
 
 
-@pytest.mark.parametrize("room", [8, 100])
+@pytest.mark.parametrize("room", [8, *thorough(100)])
 def test_when_rank_0_vanishes_with_its_file_writer_another_rank_writes_the_files(
     cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture, room: int
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_shot_of_nothing_stays_empty(module: PeakNetModule) -> None:
     assert sum(len(peaks_of(module, source.event(idx)[0])) for idx in range(2)) <= 2
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not REAL_SHOTS, reason="no measured shots beside the repository")
 def test_measured_shots(module: PeakNetModule) -> None:
     counts = [len(peaks_of(module, np.load(path)["data"])) for path in REAL_SHOTS]

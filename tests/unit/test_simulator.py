@@ -208,6 +208,7 @@ def test_photon_energy_jitters() -> None:
     assert small(photon_energy_jitter=0.0).event(0)[1] == 9500.0
 
 
+@pytest.mark.thorough
 def test_image_statistics_of_blank_shots() -> None:
     sim = small(num_events=200, hit_fraction=0.0, hot_pixels=0.001, dead_pixels=0.004)
     images = np.stack([image for _, image, _ in sim.events()]).reshape(200, -1)

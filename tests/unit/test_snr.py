@@ -11,6 +11,7 @@ from scipy.spatial import KDTree
 from peaknet_predict.models import LocalSnr
 from peaknet_predict.peaks import PeakTable, find_peaks
 from peaknet_predict.preprocess import InstanceNorm, MergeBatchChannelDims, Preprocess
+from tests.helpers.examples import thorough
 from tests.helpers.paths import REAL_DATA
 
 Floats = npt.NDArray[np.float64]
@@ -63,7 +64,7 @@ def recall_and_precision(table: PeakTable, truth_M3: Floats) -> tuple[float, flo
     return recall, precision
 
 
-@pytest.mark.parametrize("photons", [None, 0.02, 0.05, 0.1, 0.3, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("photons", [0.3, *thorough(None, 0.02, 0.05, 0.1, 1.0, 10.0, 100.0)])
 def test_noise_has_next_to_no_peaks(photons: float | None) -> None:
     """Two megapixels of white noise, normal or Poisson distributed; fewer than one each."""
     rng = np.random.default_rng(5)
@@ -72,7 +73,7 @@ def test_noise_has_next_to_no_peaks(photons: float | None) -> None:
     assert len(find(image_PHW)) < 2
 
 
-@pytest.mark.parametrize("photons", [None, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("photons", [0.3, *thorough(None, 1.0, 10.0)])
 @pytest.mark.parametrize(
     ("count", "heights"), [(15, (8, 9)), (15, (8, 60)), (40, (8, 300))], ids=str
 )
@@ -197,6 +198,7 @@ def test_autocast_changes_nothing() -> None:
     torch.testing.assert_close(inside, LocalSnr()(image), rtol=0, atol=0)
 
 
+@pytest.mark.thorough
 @torch.inference_mode()
 def test_the_graph_is_whole() -> None:
     torch.compiler.reset()
@@ -207,6 +209,7 @@ def test_the_graph_is_whole() -> None:
     torch.testing.assert_close(compiled(image, valid), net(image, valid))
 
 
+@pytest.mark.thorough
 @torch.inference_mode()
 def test_it_is_fast_without_a_gpu() -> None:
     """About 0.15 s of one core a megapixel; the limit leaves room for slower machines.
@@ -228,6 +231,7 @@ def test_it_is_fast_without_a_gpu() -> None:
     assert min(times) < 0.8
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(len(SHOTS) < 2, reason="the CSPAD shots are not beside the checkout")
 def test_real_shots() -> None:
     """Thermolysin on a CSPAD, counts of raw ADU: spots, no clusters on artefacts."""

@@ -130,6 +130,7 @@ def is_whole(directory: Path) -> bool:
     return True
 
 
+@pytest.mark.thorough
 def test_a_flipped_bit_anywhere_is_an_error_or_costs_nothing(tmp_path: Path) -> None:
     """In every file, the last segment and the mark too: 100 confirmed events never become 9."""
     written_spool(tmp_path / "spool")

@@ -118,6 +118,7 @@ def test_after_a_second_signal_nobody_is_waited_for(
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids(tmp_path, 2))
 
 
+@pytest.mark.thorough
 def test_ranks_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
     program = (
         "import sys; from peaknet_predict.process import supervise\n"

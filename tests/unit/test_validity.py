@@ -233,6 +233,7 @@ def test_what_is_cropped_away_counts_as_well() -> None:
     assert bool(prepared.valid_N1HW.all())
 
 
+@pytest.mark.thorough
 def test_validity_compiles_as_one_graph() -> None:
     chain = Preprocess([InstanceNorm(), MergeBatchChannelDims()], Validity([-1]))
     image: Tensor = torch.from_numpy(planted("i4"))

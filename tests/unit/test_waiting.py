@@ -24,6 +24,7 @@ from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.clock import Ticker
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.types import Event, EventId
+from tests.helpers.examples import thorough
 
 MINUTES = 600.0
 
@@ -404,13 +405,14 @@ def stress(
 
 
 @pytest.mark.parametrize("patient", [False, True])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [0, 1, 2, *thorough(*range(3, 12))])
 def test_nobody_is_forgotten_in_a_crowd(
     make: Callable[..., QueueActor], seed: int, patient: bool
 ) -> None:
     stress(make, seed, patient)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "patient"),
     [
