@@ -26,20 +26,20 @@ T = TypeVar("T")
 PROTOCOL = 6
 """Version of the methods below; a client refuses to talk to another one."""
 
-_TICK_S = 0.5  # how often leases and producers are looked at while nobody calls
+_TICK_S = 0.5  # how often leases and producers are checked while nobody calls
 
 LINGER_S = 0.005
-"""How long readers that ask for more than there is wait after one of them has been answered.
+"""Pause after an answer during which readers that want more records than there are wait.
 
-An answer costs the queue's process about a millisecond, a record in it some microseconds: while
-events come more often than this, several go out together.
+An answer costs the queue's process about a millisecond, each record in it a few microseconds. While
+events arrive faster than this, several share an answer.
 """
 
 _NOTHING = Delivery([], [], {}, False, False, {})
 
 
 class Description(NamedTuple):
-    """What kind of queue this is. ``uid`` names it apart from every other, past and future."""
+    """What kind of queue this is. No other queue, past or future, has its ``uid``."""
 
     protocol: int
     kind: Kind
@@ -51,13 +51,13 @@ class QueueActor:
     """A named queue in the cluster, for any number of producers and readers.
 
     ``put``, ``get`` and ``size`` are psana-ray's; programs that know nothing else can use them. The
-    other methods are for our own clients: they move many events a call, wait in the actor instead
-    of polling, and tell "empty" from "ended". Each of them may be called again if its answer is
-    lost. Those that move records take one argument and return a plain tuple, because Ray unpacks
-    every argument for itself, and pickles a tuple faster than a class.
+    other methods are for our own clients: they move many events per call, wait in the actor instead
+    of polling, and tell "empty" from "ended". Each may be called again if its answer is lost. Those
+    that move records take one argument and return a plain tuple, because Ray unpacks every argument
+    for itself, and pickles a tuple faster than a class.
 
-    Every method runs in the actor's one event loop, so the state is never changed by two at once.
-    Whatever changes the state answers the calls that wait for the change (`_serve`).
+    Every method runs in the actor's one event loop, so the state is never changed by two at once. A
+    method that changes the state answers the calls that wait for that change (`_serve`).
     """
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
@@ -109,7 +109,7 @@ class QueueActor:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
         taken = self._change(lambda: self._state.put_foreign(item))
         while await self._commit.wait() is not None:
-            # Neither confirmed nor "full", after which it would come a second time.
+            # Answering "full" would make the producer put it a second time.
             await asyncio.sleep(_TICK_S)
         return taken
 
@@ -133,7 +133,7 @@ class QueueActor:
         return Description(PROTOCOL, self._state.kind, self._state.streams.uid, self._address)
 
     async def open(self, producer: str, of: int) -> None:
-        """Announce a producer, one of ``of``."""
+        """Announce a producer; ``of`` is how many there are in all."""
         self._change(lambda: self._state.open(producer, of))
 
     async def close(self, producer: str, failure: str | None, end_markers: int) -> None:
@@ -141,7 +141,7 @@ class QueueActor:
         self._change(lambda: self._state.close(producer, failure, end_markers))
 
     async def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
-        """End the parts of all producers whose names begin so, and forget their own failures."""
+        """End the part of each producer whose name has a prefix; forget their own failures."""
         self._change(lambda: self._state.close_group(prefix, failure, end_markers))
 
     async def put_many(self, call: tuple[str, Sequence[Record], float]) -> tuple[int, str | None]:
@@ -155,7 +155,7 @@ class QueueActor:
         Returns
         -------
         int, str or None
-            How many were taken, and why no more although there may be room.
+            How many were taken, and what other than lack of room kept out the rest.
         """
         producer, records, timeout_s = call
         taken = 0
@@ -165,12 +165,12 @@ class QueueActor:
             taken += self._state.put(producer, records[taken:])
             return True if taken == len(records) else None
 
-        # At once: what the queue knows already, or will not take from this producer, needs no room.
+        # Try at once: a record that the queue knows or refuses needs no room.
         if self._change(put) is None:
             await self._producers.answer(object(), put, timeout_s)
         problem = await self._commit.wait()
         if problem is not None:
-            return 0, problem  # it has them, but may lose them: they are to be put again
+            return 0, problem  # the queue has them but may lose them: put them again
         return taken, self._state.intake.problem or self._quarantine.problem
 
     async def join(self, group: str, resumes: bool) -> str:
@@ -178,17 +178,17 @@ class QueueActor:
         return self._change(lambda: self._state.streams.join(group, resumes))
 
     async def get_many(self, call: tuple[str, str, int, bool, int, float]) -> tuple[Any, ...]:
-        """Lease records as soon as there are any; or say the end; or nothing, after a while.
+        """Lease records as soon as there are any; return the end, or nothing after the timeout.
 
-        A reader is told at once when nothing comes before it has brought to an end what it holds.
-        While events come faster than one in `LINGER_S`, a reader that asks for several waits up to
-        that long for more.
+        A reader learns at once that it gets nothing more until it has settled what it holds. While
+        events come faster than one in `LINGER_S`, a reader that asks for several waits up to that
+        long for more.
 
         Parameters
         ----------
         call
-            Group, holder, sequence and ``resumes`` of `QueueState.ask`, how many records at most,
-            and for how many seconds to wait for them.
+            Group, holder, sequence and ``resumes`` of `QueueState.ask`; most records; most seconds
+            to wait for them.
 
         Returns
         -------
@@ -236,7 +236,7 @@ class QueueActor:
     async def first_missing(self, stream: str, rank: int) -> int:
         """Return the first idx of a stream that was never accepted.
 
-        A producer goes on from there, so that all before it has to be on disk.
+        A producer goes on from there, so everything before it has to be on disk.
         """
         first = self._state.keys.first_missing(stream, rank)
         while await self._commit.wait() is not None:
@@ -244,15 +244,15 @@ class QueueActor:
         return first
 
     async def statistics(self) -> QueueStatistics:
-        """Return what went through and what is here."""
+        """Return counts of what went through and of what is here."""
         statistics = self._change(self._state.statistics)
         problems = statistics.problem, self._commit.problem, self._quarantine.problem
         statistics.problem = next((problem for problem in problems if problem), None)
         return statistics
 
     def _change(self, act: Callable[[], T]) -> T:
-        """Do what may change the state, and answer the calls that have waited for that."""
-        # Here, because no one call must be the first one after a restart.
+        """Do something that may change the state, then answer the calls that waited for it."""
+        # Here, because any call may be the first one after a restart.
         self._ticker.start()
         try:
             return act()
@@ -263,7 +263,7 @@ class QueueActor:
         state = self._state
 
         def is_worth_trying(wanted: int) -> bool:
-            """Whether to answer a reader with what there is, or to let it wait for more."""
+            """Whether to answer a reader with what is ready, rather than let it wait."""
             if state.streams.ended:
                 return True
             ready = len(state)
@@ -271,6 +271,6 @@ class QueueActor:
 
         while True:
             self._producers.serve(lambda wanted: not state.ready.full)
-            # What readers have taken leaves room.
+            # Readers that took records have left room for producers.
             if not self._readers.serve(is_worth_trying):
                 return

@@ -1,4 +1,4 @@
-"""Where a queue is, and what one that is made here promises."""
+"""Where a queue is, and what a queue made here promises."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ class QueueAddress:
     create
         Make the queue if there is none of that name; otherwise a missing queue is an error.
     max_events, max_bytes
-        Capacity of a queue made here; producers wait while it is full. What readers hold under
-        lease is kept besides.
+        Capacity of a queue made here; producers wait while it is full. Leased records do not count.
     lease_s
-        A reader that is silent for so long loses what it holds to others.
+        A reader that is silent for this long loses what it holds to others.
     producer_timeout_s
-        The part of a producer that is silent for so long is closed.
+        A producer that is silent for this long is closed.
     max_losses
         An event that costs this many readers goes into quarantine.
     spool
         Directory for a copy of everything in the queue, synced before a put is confirmed: the queue
-        then survives its process and its cluster. On the machine that makes the queue. By default
-        what is in the queue lives as long as its process.
+        then survives its process and its cluster. It is on the machine that makes the queue. By
+        default the queue's contents live as long as its process.
     quarantine
-        Directory for events that cannot be processed, made when there is one; on the machine that
-        makes the queue.
+        Directory for events that cannot be processed, made when the first one comes; on the machine
+        that makes the queue.
     quarantine_bytes
-        Most bytes kept there; of further events only identity and reason are written down.
+        Most bytes kept there; beyond them, only an event's identity and reason are written down.
     idle_timeout_s
         A queue of another program cannot say that the stream has ended: reading it ends after this
         many seconds without an event. Our own queue says so and takes no notice of this.
@@ -79,7 +78,7 @@ class QueueAddress:
                     f"queue {self.name!r}: {setting} must be a positive number of seconds, not "
                     f"{seconds}"
                 )
-        # Here and not where the queue is made: a wrong path is refused before anything starts.
+        # Checked here, so that a wrong path is refused before anything starts.
         object.__setattr__(self, "quarantine", str(expanded(self.quarantine)))
         if self.spool is not None:
             object.__setattr__(self, "spool", str(expanded(self.spool)))

@@ -32,10 +32,10 @@ def connect_queue(
     kind
         What it holds.
     outlives_us
-        Whether a queue made here stays when this process ends, for those who still read it.
+        Whether a queue made here stays when this process ends, for readers that are not done.
     resumes
-        Whether its reader takes the place of one that died: if the stream has been read to its end
-        meanwhile, it ends too, instead of waiting for the next one.
+        Whether its reader replaces one that died. If the stream has been read to its end meanwhile,
+        this reader ends too, instead of waiting for the next stream.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def connect_queue(
         # A queue with a spool may be on its way back after the death of its process.
         description = call_again(handle, address.name, "describe")
     except ray.exceptions.RayActorError as error:
-        # Most often what its constructor raised: a spool that cannot be used.
+        # Usually its constructor raised: the spool cannot be used.
         causes = [line for line in str(error).splitlines() if "Error" in line]
         reason = causes[-1].strip() if causes else str(error).splitlines()[0]
         raise QueueError(f"queue {address.name!r} cannot be made: {reason}") from error
@@ -76,7 +76,7 @@ def connect_queue(
 
 
 def warn_of_leftovers(admin: Admin, name: str) -> None:
-    """Say in the log if what is in a queue was put by a run that has already ended."""
+    """Log a warning if a queue holds records of a run that has already ended."""
     now = admin.statistics()
     if now is not None and now.ended and now.ready:
         log.warning(
@@ -100,7 +100,7 @@ def _make(address: QueueAddress, kind: Kind, outlives_us: bool) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Paths are this process's, and the actor has a working directory of its own.
+    # Relative paths are relative to this process; the actor has its own working directory.
     absolute = replace(
         address,
         quarantine=str(Path(address.quarantine).resolve()),

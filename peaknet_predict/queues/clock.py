@@ -1,4 +1,4 @@
-"""Time in the queue's process: a clock that stands still while the process does, and its tick."""
+"""Time in the queue's process: a clock that stops while the process is stopped, and a ticker."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 class RunningClock:
     """Seconds during which this process has run.
 
-    While a process is stopped, or its machine sleeps, it hears of nobody: that silence is its own.
-    Read more often than every ``longest_gap_s``, this clock keeps pace with the other one; of a
-    longer time between two readings it counts that much.
+    While a process is stopped, or its machine sleeps, it hears from nobody; the others are not to
+    blame for that silence. So this clock counts at most ``longest_gap_s`` between two readings;
+    read more often, it keeps pace with ``clock``.
 
     Parameters
     ----------
@@ -40,15 +40,15 @@ class RunningClock:
 
 
 class Ticker:
-    """Does some work again and again, while nobody calls.
+    """Does some work at regular intervals, even while nobody calls.
 
     Parameters
     ----------
     interval_s
         Seconds between two rounds.
     work
-        Called in each round, one after another; what one of them raises goes into the log and stops
-        no other.
+        Called in each round, one after another. An exception is logged and does not keep the others
+        from running.
     """
 
     def __init__(self, interval_s: float, *work: Callable[[], Awaitable[None] | None]) -> None:
@@ -57,7 +57,7 @@ class Ticker:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start, once there is an event loop; not a second time."""
+        """Start, once there is an event loop; a second call does nothing."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 

@@ -25,7 +25,7 @@ NAMESPACE = "peaknet"
 """Ray namespace of the queues unless a configuration names another one."""
 
 
-_ASK_S = 10.0  # a cluster that says nothing by then has not been asked
+_ASK_S = 10.0  # without an answer by then, nothing is known about the cluster
 
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -49,7 +49,7 @@ def token_path() -> Path:
 def ensure_private_token() -> Path:
     """Create the cluster's token if there is none, readable by its owner only.
 
-    Ray would create it too, but readable by everyone under the usual umask, and whoever can read
+    Ray would create it too, but readable by everyone under the usual umask, and anyone who can read
     the token can run code as us.
     """
     path = token_path()
@@ -61,7 +61,7 @@ def ensure_private_token() -> Path:
                 with os.fdopen(descriptor, "w") as file:
                     file.write(secrets.token_hex(32))
             except OSError:
-                path.unlink()  # half a token would be taken for one
+                path.unlink()  # half a token would be taken for a whole one
                 raise
     except OSError as error:
         raise ClusterError(
@@ -107,7 +107,7 @@ def connect(address: str) -> str:
         If there is no such cluster, its token is another one, or it runs another Ray or Python.
     """
     if address == "auto":
-        # As Ray does; but here, so that the checks below see the address.
+        # Ray does the same; done here, the checks below see the address.
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "local" or _is_loopback(address):
         keep_to_loopback()
@@ -121,7 +121,7 @@ def connect(address: str) -> str:
         # Ray looks for a token by itself only for 'auto', not for a cluster named by its address.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN" not in os.environ and token_path().stat().st_mode & 0o077:
-            # Not changed, as for a cluster of our own: it may be shared on purpose.
+            # Left as it is, unlike that of a cluster of our own: it may be shared on purpose.
             log.warning("others can read %s, and so run code as you: chmod 600 it", token_path())
     ray = _ray()
     if ray.is_initialized():
@@ -148,7 +148,7 @@ def connect(address: str) -> str:
 
 
 def ask_without_token(address: str) -> str:
-    """Ask a cluster who is in it; to be run where ``RAY_AUTH_MODE`` is ``disabled``.
+    """Ask a cluster for its nodes; run this where ``RAY_AUTH_MODE`` is ``disabled``.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def current_address() -> str:
 
 
 def vital_signs() -> dict[str, str]:
-    """Return what answers for as long as Ray lives: the head's address, this node's socket."""
+    """Return what answers while Ray lives: the head's address and this node's socket."""
     ray = _ray()
     here = ray.get_runtime_context().get_node_id()
     signs = {"head": current_address()}
@@ -190,7 +190,7 @@ def known_actors() -> list[str]:
 
 
 def disconnect() -> None:
-    """Leave the cluster; ends it if this process embeds it."""
+    """Leave the cluster; an embedded one ends with that."""
     _ray().shutdown()
 
 
@@ -234,10 +234,10 @@ class ClusterTask:
 def run_in_cluster(function: Callable[..., Any], *args: Any, **kwargs: Any) -> ClusterTask:
     """Run a function of an importable module in another process on this node of the cluster.
 
-    On this node, because paths among the arguments are this node's.
+    It runs on this node, because paths among the arguments are this node's.
 
-    It claims no CPU of Ray's books: Ray counts cores to place tasks, and a feeder or a file writer
-    on a machine whose cores are all booked must still start.
+    It claims no CPU from Ray: a feeder or a file writer must start even where Ray has given all
+    cores away.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -272,11 +272,11 @@ def _found_by_ray() -> str:
     except ConnectionError as error:
         raise ClusterError(_explain("auto", error)) from error
     except (ImportError, AttributeError, TypeError):
-        return "auto"  # another Ray, whose insides are others: it finds out itself, in minutes
+        return "auto"  # another version of Ray: it finds out by itself, within minutes
 
 
 def _check_listening(address: str, named: bool) -> None:
-    """Ray retries for minutes where nothing listens; find that out in seconds."""
+    """Find out in seconds that nothing listens there; Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address.startswith("ray://"):
         raise ClusterError(
@@ -299,7 +299,7 @@ def _check_listening(address: str, named: bool) -> None:
 
 
 def _explain(address: str, error: Exception) -> str:
-    """Say what a failed ``ray.init`` means and what to do."""
+    """Explain what a failed ``ray.init`` means, and what to do."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

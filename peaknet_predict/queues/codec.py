@@ -1,6 +1,6 @@
 """Records as bytes, for the spool: a JSON skeleton and the arrays' own bytes behind it.
 
-No pickle: reading a spool runs nobody's code.
+There is no pickle in it, so reading a spool runs no code from it.
 """
 
 from __future__ import annotations

@@ -15,16 +15,16 @@ class Delivery(NamedTuple):
     Attributes
     ----------
     tokens
-        Of the leases: each holds for as long as its holder is heard of.
+        Tokens of the leases. A lease holds for as long as its holder is heard from.
     records
         What is leased, in the same order.
     lost_by
-        Of tokens whose record other readers held before and did not bring to an end: those readers,
-        as far as is known; `ANYONE` may have, before a restart of the queue.
+        For tokens whose records other readers held before and did not settle: those readers, as far
+        as they are known. After a restart of the queue it may be `ANYONE`.
     ended
         Whether the stream has ended for this reader.
     flush
-        Whether nothing more will come before the reader has brought to an end all it holds.
+        Whether nothing more will come until the reader has settled all it holds.
     failures
         At the end: producers that ended their part of the stream early, and why.
     """
@@ -60,12 +60,12 @@ def next_records(
     """Take the records that a reader is handed next.
 
     A record that may be a poison message goes alone to a reader that holds nothing else, and that
-    reader gets nothing more until it has brought it to its end.
+    reader gets nothing more until it has settled it.
 
     Parameters
     ----------
     ready, leases
-        What there is, and who holds what.
+        The records that wait, and the leases on the others.
     holder
         The reader.
     max_records
@@ -78,7 +78,7 @@ def next_records(
     list of Entry
         The records.
     bool
-        Whether nothing more comes before the reader has brought to an end what it holds.
+        Whether nothing more comes until the reader has settled what it holds.
     """
     holds_nothing = leases.holds_nothing(holder)
     if ready.has_isolated:

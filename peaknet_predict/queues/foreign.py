@@ -47,12 +47,12 @@ class ForeignProducer:
         self._kind = kind
 
     def open(self, producer: str, of: int = 1, here: bool = True) -> None:
-        """Check that such a queue can do what is asked.
+        """Check that the queue can do what is asked.
 
         Raises
         ------
         QueueError
-            For events from several producers: the end of the first would be the end of all.
+            If several producers are to fill it: the end of the first would end the stream for all.
         """
         if of > 1 and self._kind == "events":
             raise QueueError(
@@ -61,7 +61,7 @@ class ForeignProducer:
             )
 
     def first_missing(self, stream: str, rank: int) -> int:
-        """Raise `QueueError`: such a queue does not know which events it has had."""
+        """Raise `QueueError`: this queue does not know which events it has had."""
         raise QueueError(
             f"stream {stream!r}: queue {self._name!r} is another program's and does not know which "
             "events it has had, so that no producer can go on in it; leave the stream's name out"
@@ -86,7 +86,7 @@ class ForeignProducer:
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
         """Put ``end_markers`` end items, each until it is accepted.
 
-        Call it from one producer, after all others have put their last item.
+        Only one producer may call it, after all others have put their last item.
         """
         marker = None if self._kind == "events" else END_MARKER
         for _ in range(end_markers):
@@ -107,7 +107,7 @@ class ForeignProducer:
             if stop is not None and stop.is_set():
                 return False
             notice.report()
-            # Jitter keeps several producers from knocking at the same moments.
+            # Jitter keeps several producers from trying at the same moments.
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, _LONGEST_PAUSE_S)
         return True
@@ -123,8 +123,8 @@ class ForeignReader:
     address, kind
         Where the queue is, and what it holds.
     uid
-        Names the queue: streams are named after it, for such a queue names none, and its producers
-        count from 0 in every run.
+        Name for the queue's streams: the queue itself names none, and its producers count from 0 in
+        every run.
     """
 
     def __init__(self, handle: Any, address: QueueAddress, kind: Kind, uid: str) -> None:
@@ -140,7 +140,7 @@ class ForeignReader:
         self._idle_s = 0.0
         self._notice = WaitingNotice(f"no event in queue {address.name!r}")
         self._quarantine = Quarantine(address.quarantine, address.quarantine_bytes, self._uid)
-        self._under_way: dict[EventId, Any] = {}  # and the item it came in
+        self._under_way: dict[EventId, Any] = {}  # and the item that it came in
 
     @property
     def unsettled(self) -> int:
@@ -148,7 +148,7 @@ class ForeignReader:
         return len(self._under_way)
 
     def join(self, group: str) -> str:
-        """Return a name of the actor: such a queue cannot tell its streams apart."""
+        """Return the actor's name: this queue cannot tell its streams apart."""
         return f"{self._address.name}@{self._handle._actor_id.hex()[:16]}"
 
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
@@ -184,14 +184,14 @@ class ForeignReader:
             self._under_way.pop(key, None)
 
     def reject(self, refusals: Iterable[Refusal]) -> None:
-        """Put these into the quarantine of this process: the queue has none."""
+        """Put these into this process's quarantine: the queue has none."""
         for refusal in refusals:
             if refusal.id is not None:
                 item = self._under_way.pop(refusal.id, None)
                 self._quarantine.keep(refusal.id, refusal.reason, item)
 
     def release(self, failure: str | None = None) -> int:
-        """Say that what is under way is lost: such a queue takes nothing back."""
+        """Log that what is under way is lost: this queue takes nothing back."""
         if self._under_way:
             log.error(
                 "%d events of queue %r are lost: another program's queue takes none back",
@@ -201,19 +201,19 @@ class ForeignReader:
         return 0
 
     def still_held(self, ids: Iterable[EventId]) -> set[EventId]:
-        """Return all: such a queue hands nothing out twice."""
+        """Return all: this queue hands nothing out twice."""
         return set(ids)
 
     def lost_by(self, key: EventId) -> tuple[str, ...]:
-        """Return none: such a queue hands nothing out twice."""
+        """Return none: this queue hands nothing out twice."""
         return ()
 
     def touch(self) -> None:
-        """Begin the idle time anew: while the work goes on elsewhere, silence is no end."""
+        """Restart the idle time: while work goes on elsewhere, silence does not mean the end."""
         self._idle_s = 0.0
 
     def _get_items(self, max_items: int) -> list[Any]:
-        """Take what is there, up to ``max_items``, with all calls under way at once."""
+        """Take up to ``max_items`` items, with all calls under way at once."""
         name = self._address.name
         wanted = min(max_items, max(1, int(_call(self._handle, name, "size"))))
         references = [self._handle.get.remote() for _ in range(wanted)]
@@ -280,7 +280,7 @@ def _is_end_marker(item: Any) -> bool:
 
 
 def _taken(name: str, reference: Any) -> Any:
-    """Return an item; one of a class that is not here is one bad item, not the stream's end."""
+    """Return an item; one of a class that is unknown here is a bad item, not the stream's end."""
     try:
         return sanitized(_answer(name, "get", reference))
     except QueueError:

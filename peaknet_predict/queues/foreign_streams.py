@@ -7,22 +7,22 @@ from typing import Any
 from peaknet_predict.keys import KeySet
 
 FOREIGN = "a program that knows only put"
-"""Stands for such programs among the producers of a queue: they do not say who they are."""
+"""Stands for all such programs among a queue's producers: they do not identify themselves."""
 
 
 _UNNAMED = -1  # the rank of items that state no identity
 
 
 class ForeignStreams:
-    """Gives names to streams that have none, and knows whether one is open.
+    """Names streams that have no name, and knows whether one is open.
 
-    A stream opens with its first item and ends with an end item. Where the idx of a rank does not
-    grow, its producer has been started anew, and what follows gets the name of a new stream.
+    A stream opens with its first item and ends with an end item. If a rank's idx does not grow, its
+    producer has been started again, and what follows is a new stream.
 
     Parameters
     ----------
     uid
-        Names the queue apart from every other, past and future; streams are named after it.
+        Identifies the queue among all others, past and future; streams are named after it.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class ForeignStreams:
         self.is_open, self.is_closed = False, True
 
     def give_up(self) -> None:
-        """End the stream for now; an item whose idx grows on goes on in it."""
+        """End the stream for now; an item with a larger idx continues it."""
         self.is_open, self.is_closed = False, True
 
     def forget_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Records in the files of a spool: a head with lengths and a checksum, and what it measures."""
+"""Records in the files of a spool: a header with lengths and a checksum, then the contents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 4
 
 _MAGIC = b"PkSp"
 _HEAD = struct.Struct("<4sBBxxIQ")  # magic, format, kind, length of the skeleton, of the data
-_CHECKSUM = struct.Struct("<I")  # of the head and all that follows it
+_CHECKSUM = struct.Struct("<I")  # of the header and all that follows it
 _BEGINS = _HEAD.size + _CHECKSUM.size
 _EARLIER_MAGIC = b"PQ\x03\x00"  # how files of formats 1 and 2 begin
 
@@ -65,7 +65,7 @@ def write_frame(
 
 
 def read_frames(path: Path, fs: FileSystem, until: int | None = None) -> Iterator[Frame]:
-    """Yield the records of a file in order, up to the first one that is not whole.
+    """Yield the records of a file in order, up to the first incomplete one.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def read_frames(path: Path, fs: FileSystem, until: int | None = None) -> Iterato
 
 
 def format_of(path: Path, fs: FileSystem) -> int | None:
-    """Return the format that a file's first record claims; None if that is no record."""
+    """Return the format that a file's first record claims; None if it is not a record."""
     file = fs.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         start = _read(file, _HEAD.size, fs)
@@ -111,7 +111,7 @@ def format_of(path: Path, fs: FileSystem) -> int | None:
 
 
 def _read(file: int, length: int, fs: FileSystem) -> bytes:
-    """Read so many bytes, or as many as there are."""
+    """Read this many bytes, or as many as there are."""
     data = fs.read(file, length)
     while 0 < len(data) < length:
         more = fs.read(file, length - len(data))

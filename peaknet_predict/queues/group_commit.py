@@ -8,7 +8,7 @@ from peaknet_predict.queues.spool import Spool
 
 
 class GroupCommit:
-    """Brings the spool's files on disk, once for all calls that wait for it.
+    """Syncs the spool's files once for all calls that wait for it.
 
     Parameters
     ----------
@@ -18,7 +18,7 @@ class GroupCommit:
     Attributes
     ----------
     problem
-        Why what was appended last is not on disk; None if it is.
+        Why the latest records are not on disk; None if they are.
     """
 
     def __init__(self, spool: Spool | None) -> None:
@@ -30,8 +30,8 @@ class GroupCommit:
     async def wait(self) -> str | None:
         """Return once everything that was appended up to now is on disk; or why that failed.
 
-        After a failure nothing is confirmed before the spool has gone on in a new file, with all
-        that is not known to be on disk. Each call tries that.
+        After a failure nothing is confirmed until the spool has gone on in a new file, with
+        everything that is not known to be on disk. Each call tries that.
         """
         if self._spool is None:
             return None
@@ -50,7 +50,7 @@ class GroupCommit:
             return None
 
     async def tidy(self) -> None:
-        """Sync what nobody waits for, and delete what is not needed any more."""
+        """Sync what nobody waits for, and delete what is no longer needed."""
         if self._spool is not None:
             await self.wait()
             self._spool.tidy()

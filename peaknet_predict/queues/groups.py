@@ -33,7 +33,7 @@ class ConsumerGroups:
         self.end_seen = False
 
     def join(self, group: str, drained: bool, resumes: bool) -> bool:
-        """Note a group; True if it is new. One that resumes does not wait for another stream.
+        """Note a group; True if it is new. A group that resumes does not wait for another stream.
 
         ``drained`` says whether everything in the present stream has been settled.
         """

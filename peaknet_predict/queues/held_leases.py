@@ -11,7 +11,7 @@ from peaknet_predict.types import EventId
 
 @dataclass(slots=True)
 class Finished:
-    """Leases of which every part is done: tokens to acknowledge, and tokens to reject with why."""
+    """Leases whose parts are all done: tokens to acknowledge, and tokens to reject with reasons."""
 
     acknowledged: list[int] = field(default_factory=list)
     rejected: dict[int, str] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class HeldLeases:
         with self._lock:
             self._parts_left[token] = len(parts)
             for key in parts:
-                # A record that comes again to whoever had lost it: the old lease is over.
+                # The record has come back to the reader that lost it: the old lease is over.
                 self._parts_left.pop(self._tokens.get(key, -1), None)
                 self._tokens[key] = token
                 if before:

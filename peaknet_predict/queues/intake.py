@@ -16,14 +16,14 @@ class Intake:
     ready
         Where accepted records wait for a reader.
     settlements
-        Where a record goes that is to be quarantined from the start.
+        Where records go that must be quarantined at once.
     journal
         Where accepted records are written down.
 
     Attributes
     ----------
     problem
-        Why nothing is accepted although there is room; None if it is.
+        Why nothing is accepted although there is room; None if records are accepted.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Intake:
             try:
                 self._journal.put(entry)
             except OSError as error:
-                # As if it were full: the producer waits, and is told why.
+                # Like a full queue: the producer waits, and is told why.
                 self.problem = f"the spool cannot be written: {error}"
                 return False
             self.problem = None

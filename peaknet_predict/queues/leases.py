@@ -21,15 +21,15 @@ class LeaseBook:
     """Leases on records: each under a token of its own, each belonging to a holder.
 
     A holder that is silent for longer than ``lease_s`` loses all it holds. A token is given out
-    once; after its lease has ended, in whatever way, it means nothing any more.
+    once and means nothing after its lease has ended.
 
     Parameters
     ----------
     lease_s
         How long a holder may be silent.
     first_token
-        Tokens count from here; a number that no earlier book can have reached, so that a token from
-        before a restart of the queue is recognised as old.
+        Tokens count from here: a number that no earlier life of the queue can have reached, so that
+        old tokens are recognised.
     """
 
     def __init__(self, lease_s: float, first_token: int) -> None:
@@ -66,7 +66,7 @@ class LeaseBook:
         return granted
 
     def granted(self, holder: str, sequence: int) -> list[tuple[int, Entry]] | None:
-        """Return what a request was granted and is still held; None if it is a new request."""
+        """Return what a request was granted and still holds; None for a new request."""
         of_holder = self._holders[holder]
         if of_holder.sequence != sequence:
             return None
@@ -87,7 +87,7 @@ class LeaseBook:
         return entry
 
     def end_all(self, tokens: Iterable[int]) -> tuple[dict[int, Entry], list[int]]:
-        """End leases; return what they were of, and the tokens that were not current."""
+        """End leases; return their records, and the tokens that were not current."""
         ended = {token: self.end(token) for token in dict.fromkeys(tokens)}
         entries = {token: entry for token, entry in ended.items() if entry is not None}
         return entries, [token for token in ended if token not in entries]
@@ -98,7 +98,7 @@ class LeaseBook:
         return None if lease is None else lease[1]
 
     def held_alone(self, holder: str) -> Entry | None:
-        """Return what a holder holds, if that is one record."""
+        """Return the record that a holder holds, if it holds exactly one."""
         known = self._holders.get(holder)
         if known is None or len(known.tokens) != 1:
             return None

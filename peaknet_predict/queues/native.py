@@ -25,12 +25,12 @@ from peaknet_predict.types import Event, EventId, Refusal, Result
 log = logging.getLogger(__name__)
 
 _PUT_BYTES = 64 * 2**20  # most bytes of one put: some 16 events of 4 MB
-_POLL_S = 2.0  # longest wait of one put in the actor: bounds how late a stop is noticed
-_STALL_S = 600.0  # without a sign of work for so long, leases are not kept alive any longer
+_POLL_S = 2.0  # longest wait of one put in the actor: a request to stop is noticed after it
+_STALL_S = 600.0  # without a sign of work for this long, leases are no longer kept alive
 
 
 class NativeProducer:
-    """Fills our own queue. A thread says that this process and its producers are alive."""
+    """Fills our own queue. A thread reports that this process and its producers are alive."""
 
     closes_for_all = False
 
@@ -40,7 +40,7 @@ class NativeProducer:
         self._heartbeat = Heartbeat(self._say_alive, calls.settings.producer_timeout_s / 4)
 
     def open(self, producer: str, of: int = 1, here: bool = True) -> None:
-        """Announce a producer, one of ``of``; with ``here``, keep it alive from now on."""
+        """Announce a producer, one of ``of`` in all; with ``here``, keep it alive from now on."""
         self._calls.call("open", producer, of)
         if here:
             self._open.add(producer)
@@ -78,7 +78,7 @@ class NativeProducer:
         self._open.discard(producer)
 
     def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """End the parts of all producers whose names begin so, and forget their own failures."""
+        """End the part of each producer whose name has a prefix; forget their own failures."""
         self._calls.call("close_group", prefix, failure, end_markers)
         self._open = {name for name in self._open if not name.startswith(prefix)}
 
@@ -87,7 +87,7 @@ class NativeProducer:
             self._calls.heartbeat("", list(self._open))
 
     def _why_full(self) -> str | None:
-        """Say what a producer that waits for room should look at."""
+        """Say where to look when a producer waits for room."""
         now: QueueStatistics = self._calls.call("statistics")
         if now.acknowledged or now.quarantined or now.leased:
             return None
@@ -97,9 +97,8 @@ class NativeProducer:
 class NativeReader:
     """Leases records from our own queue.
 
-    What `get` returns stays leased until `ack`, `reject` or `release`: a thread says that this
-    process is alive. Every call that changes the queue can be repeated, and is, if its answer is
-    lost.
+    What `get` returns stays leased until `ack`, `reject` or `release`: a thread reports that this
+    process is alive. A call whose answer is lost is repeated; that changes nothing.
 
     Parameters
     ----------
@@ -108,8 +107,8 @@ class NativeReader:
     kind
         What the queue holds.
     resumes
-        Whether this reader takes the place of one that died, and is not to wait for another stream
-        if this one has been read to its end meanwhile.
+        Whether this reader replaces one that died: it must not wait for another stream if this one
+        has been read to its end meanwhile.
     """
 
     def __init__(self, calls: ActorCalls, kind: Kind, resumes: bool = False) -> None:
@@ -164,8 +163,8 @@ class NativeReader:
     def ack(self, ids: Iterable[EventId]) -> None:
         """Acknowledge records that the next stage has.
 
-        The queue's answer is not waited for; what is not answered is sent again. A lease that has
-        ended meanwhile is not acknowledged: another reader has its record now.
+        This does not wait for the queue's answer; an acknowledgement without one is sent again. A
+        lease that has ended meanwhile is not acknowledged: another reader has its record now.
         """
         self.touch()
         self._end(self._held.finish(ids))
@@ -197,7 +196,7 @@ class NativeReader:
         return self._held.lost_by(key)
 
     def touch(self) -> None:
-        """Note that the work goes on; without a sign of it, leases are not kept alive for ever."""
+        """Note that work goes on; without such signs, leases are not kept alive for ever."""
         self._touched = time.monotonic()
 
     def _end(self, finished: Finished) -> None:
@@ -223,7 +222,7 @@ class NativeReader:
         self._calls.heartbeat(self.holder, [])
 
     def _why_empty(self) -> str:
-        """Say what a reader that gets nothing should look at."""
+        """Say where to look when a reader gets nothing."""
         now: QueueStatistics = self._calls.call("statistics")
         if now.quarantining:
             return f"{now.quarantining} rejected events wait to be written: {now.problem}"
@@ -270,7 +269,8 @@ class NativeAdmin:
 def _by_size(records: Sequence[Event | Result]) -> Iterator[list[Event | Result]]:
     """Group records so that a call moves a bounded number of bytes.
 
-    The arrays of a call share one object in Ray's memory, which stays as long as any of them.
+    The arrays of a call share one object in Ray's memory, which stays as long as any of them is
+    used.
     """
     group: list[Event | Result] = []
     size = 0

@@ -1,7 +1,7 @@
-"""Where events go that cannot be processed: one file each, with the reason, up to a size.
+"""Where events that cannot be processed go: one file each, with the reason, up to a size.
 
-The directory is made with the first of them. ``index.jsonl`` has a line for every one, also for
-those whose data no longer had room. An event counts as quarantined once its line is on disk.
+The first of them makes the directory. ``index.jsonl`` has a line for every event, even where there
+was no room for its data. An event counts as quarantined once its line is on disk.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from peaknet_predict.types import EventId, identity_problem
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "index.jsonl"
-_FAILURES = 2  # in one go, after which the disk is left in peace until the next
-# Of a file, that say nothing about the disk: it would never be written.
+_FAILURES = 2  # in one round, which then ends
+# Errors of one file, which could never be written; the disk may be fine.
 _OWN_ERRORS = frozenset({errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW})
 
 
@@ -49,9 +49,9 @@ class _Waiting:
     record: Any
     losses: int
     at: float
-    has_file: bool = False  # or has to do without one
+    has_file: bool = False  # or must do without one
     file: str | None = None
-    line: tuple[int, bytes] | None = None  # where in the index it has been tried, and what
+    line: tuple[int, bytes] | None = None  # where in the index it was tried, and what was written
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +70,9 @@ class Quarantine:
     directory
         Where the files go; made, with its parents, when the first event comes.
     max_bytes
-        Most bytes of data kept. Beyond it an event leaves its line in the index alone.
+        Most bytes of data kept. Beyond that, an event leaves only its line in the index.
     queue
-        Names the queue whose events come here, apart from every other.
+        Identifies the queue whose events come here.
     fs
         The file system.
 
@@ -85,7 +85,7 @@ class Quarantine:
     def __init__(
         self, directory: str | Path, max_bytes: int, queue: str = "", fs: FileSystem = os
     ) -> None:
-        # Resolved, so that it does not matter whose working directory it is.
+        # Resolved, so that the working directory does not matter.
         self.directory = expanded(directory).resolve()
         self.problem: str | None = None
         self._max_bytes = max_bytes
@@ -108,14 +108,14 @@ class Quarantine:
         reason
             Why it is here, in words.
         record
-            An `Event`, a `Result`, or whatever came in its place: any object at all.
+            An `Event`, a `Result`, or any other object that came in its place.
         losses
             How many readers it has cost.
 
         Returns
         -------
         bool
-            Whether it is on disk. If not, `problem` says why, and a later `retry` its key.
+            Whether it is on disk. If not, `problem` says why, and a later `retry` returns its key.
         """
         problem = identity_problem(key)
         if problem is not None:
@@ -133,16 +133,16 @@ class Quarantine:
         return True
 
     def retry(self) -> list[EventId]:
-        """Write what could not be written before; return what is on disk now and was not."""
+        """Write what could not be written before; return the keys of what is on disk now."""
         self._write_waiting()
         done, self._done = self._done, []
         return done
 
     def look_up(self, keys: Collection[EventId]) -> dict[EventId, str]:
-        """Return which of these events have a line here from an earlier life of the queue, and why.
+        """Return which of these events got a line in an earlier life of the queue, and the reason.
 
-        No event that has one gets another. That line may be in the system's memory only: it is on
-        disk once the event has been given to `keep` again, which writes it again in its place.
+        No event gets a second line. The line may be only in the system's memory: it is on disk once
+        `keep` has been called for the event again, which writes it again in its place.
 
         Raises
         ------
@@ -200,7 +200,7 @@ class Quarantine:
         if waiting.line is None and waiting.key in self._earlier:
             places = (place for key, place, _ in self._own_lines() if key == waiting.key)
             waiting.line = next(places, None)
-            waiting.has_file = waiting.line is not None  # if any: it was on disk before the line
+            waiting.has_file = waiting.line is not None  # a file is on disk before its line
         if not waiting.has_file and waiting.record is not None:
             if self._used + waiting.nbytes <= self._max_bytes:
                 waiting.file = self._write_file(waiting)
@@ -208,15 +208,15 @@ class Quarantine:
         self._write_line(waiting)
 
     def _write_file(self, waiting: _Waiting) -> str | None:
-        """Write an event's data; return the file's name, or None if there can be no such file."""
+        """Write an event's data; return the file's name, or None if no file can hold it."""
         key = waiting.key
         stem = re.sub(r"[^a-zA-Z0-9.#@-]", "_", f"{key.stream}_{key.rank}_{key.idx}")[-150:]
-        # One event of a queue has one name: written again after a crash, it is the same file.
+        # An event has one name: written again after a crash, it is the same file.
         name = f"{stem}.{zlib.crc32(repr((self._queue, key)).encode()):08x}.h5"
         attributes = {**key._asdict(), "reason": waiting.reason, "losses": waiting.losses}
         try:
             data = as_hdf5(attributes, waiting.record)
-        except Exception:  # HDF5 and NumPy have many kinds, and none may hold up what follows
+        except Exception:  # HDF5 and NumPy raise many kinds of error; none may hold up other events
             log.exception("quarantine %s: the data of event %s", self.directory, key)
             return None
         try:
@@ -233,7 +233,7 @@ class Quarantine:
     def _write_line(self, waiting: _Waiting) -> None:
         fs, path = self._fs, str(self.directory / INDEX_NAME)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        # Appended in one write, because other queues may have lines in the same index.
+        # Appended in one write, because other queues may write to the same index.
         index = fs.open(path, flags | os.O_APPEND, 0o600)
         try:
             size = fs.stat(path).st_size
@@ -253,8 +253,8 @@ class Quarantine:
     def _rewrite_line(self, waiting: _Waiting, path: str, size: int) -> bool:
         """Write a line again whose first write, or its sync, failed; False if it is not there.
 
-        After a sync that failed, the bytes may be on their way nowhere: only what is written again
-        is synced again.
+        After a failed sync the system may have dropped the bytes: only what is written again is
+        synced again.
         """
         assert waiting.line is not None
         offset, text = waiting.line

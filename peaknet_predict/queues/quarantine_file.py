@@ -1,4 +1,4 @@
-"""What is kept of an event that was rejected: an HDF5 file of anything at all."""
+"""An HDF5 file of a rejected event, whatever it consists of."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peaknet_predict.queues.wire import Opaque, described, printable
 from peaknet_predict.types import Event, Result
 
 _TEXT = 10_000  # characters kept of an object that is no array
-_PARTS = 100  # of a list, that are kept
+_PARTS = 100  # most parts of a list that are kept
 
 
 def as_hdf5(attributes: dict[str, Any], record: Any) -> bytes:
-    """Return an HDF5 file of whatever a record consists of."""
+    """Return an HDF5 file with all parts of a record."""
     import h5py
 
     image = io.BytesIO()
@@ -33,13 +33,13 @@ def as_hdf5(attributes: dict[str, Any], record: Any) -> bytes:
 def _wrote_array(file: Any, field: str, value: np.ndarray[Any, Any]) -> bool:
     try:
         file[field] = value
-    except Exception:  # a dtype that HDF5 has not
+    except Exception:  # a dtype that HDF5 does not have
         return False
     return True
 
 
 def _text(value: Any) -> str:
-    """Return the text of an object, with everything escaped that an attribute cannot hold."""
+    """Return an object's text, with characters escaped that an attribute cannot hold."""
     if isinstance(value, str):
         return printable(value[:_TEXT])[:_TEXT]
     if isinstance(value, float | Opaque):
@@ -48,7 +48,7 @@ def _text(value: Any) -> str:
 
 
 def _parts(record: Any) -> dict[str, Any]:
-    """Return what a record consists of, by name."""
+    """Return the parts of a record, by name."""
     if isinstance(record, Event | Result):
         parts = {"image": record.image, "photon_energy": record.photon_energy}
         if record.bad_bits is not None:

@@ -25,7 +25,7 @@ class ReadyLines:
     nbytes
         Size of the records in both lines.
     largest
-        Most records that were here at a time.
+        Most records that were ever here at once.
     redeliveries
         Records that were put back.
     """
@@ -56,7 +56,7 @@ class ReadyLines:
 
     @property
     def has_isolated(self) -> bool:
-        """Whether a record is here that may be a poison message."""
+        """Whether a record that may be a poison message is here."""
         return bool(self._isolated)
 
     def has_room(self, nbytes: int) -> bool:

@@ -14,10 +14,10 @@ from peaknet_predict.types import Event, EventId, Result, identity_problem
 Kind = Literal["events", "results"]
 
 END_MARKER = "END"
-"""What a reader that knows only ``get`` is handed at the end of a queue of results."""
+"""What readers that know only ``get`` receive at the end of a queue of results."""
 
-_POISON_AFTER = 2  # losses; by chance, a record is hardly ever there at two of them
-_DEPTH = 4  # of lists in lists; what is deeper is no event
+_POISON_AFTER = 2  # losses; two of them are hardly ever a coincidence
+_DEPTH = 4  # of nested lists; anything deeper is not an event
 _TEXT = 1000  # characters kept of an object that is none of ours
 _LONGEST_INTEGER = 4096  # bits
 _PLAIN = frozenset({type(None), bool, float, complex, str, bytes})
@@ -25,7 +25,7 @@ _PLAIN = frozenset({type(None), bool, float, complex, str, bytes})
 
 @dataclass(slots=True)
 class ForeignItem:
-    """An item put by a program that knows only ``put``; decoded by whoever takes it.
+    """An item put by a program that knows only ``put``; its reader decodes it.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class ForeignItem:
     stream
         Name of the stream it belongs to, which no other stream of any queue has.
     position
-        How many items had come this way before, which identifies it when nothing inside does.
+        How many such items came before; identifies the item if nothing inside it does.
     """
 
     payload: Any
@@ -43,7 +43,7 @@ class ForeignItem:
 
     @property
     def id(self) -> EventId:
-        """The identity that the decoded event will have, or one made from the position."""
+        """The identity that the decoded event will have, or one made from its position."""
         rank, idx = named(self.payload) or (-1, self.position)
         return EventId(self.stream, rank, idx)
 
@@ -67,7 +67,7 @@ class Entry:
     id, nbytes
         Of the record.
     losses
-        How often a reader died, fell silent or failed while it held this.
+        How many readers died, fell silent or failed while they held it.
     lost_by
         Those readers.
     reason
@@ -83,23 +83,23 @@ class Entry:
 
     @property
     def may_be_poison(self) -> bool:
-        """Whether this may be a poison message: one that costs every reader that takes it."""
+        """Whether this may be a poison message, which costs every reader that takes it."""
         return self.losses >= _POISON_AFTER
 
 
 def entry_of(record: Record, uid: str = "") -> Entry:
     """Return a fresh entry for a record.
 
-    A record that cannot be kept as it is (see `plain`) becomes an entry with the reason for which
-    it is to be quarantined, under an identity that can be kept. The same record always gets the
-    same one, so that a put that is repeated adds nothing.
+    A record that cannot be kept as it is (see `plain`) becomes an entry with a reason for
+    quarantine, under an identity that can be kept. The same record always gets the same identity,
+    so a repeated put adds nothing.
 
     Parameters
     ----------
     record
         Anything that came in place of a record.
     uid
-        Names the queue; such identities are named after it.
+        Identifies the queue; identities that are made up contain it.
     """
     try:
         record, reason = plain(record), None
@@ -110,7 +110,7 @@ def entry_of(record: Record, uid: str = "") -> Entry:
 
 
 def _in_place_of(record: Event | Result | ForeignItem, uid: str) -> ForeignItem:
-    """Return an item that can be kept, with what is in a record that cannot."""
+    """Return an item that can be kept, made of the parts of a record that cannot."""
     parts = [sanitized(getattr(record, name, None)) for name in ("image", "photon_energy")]
     key = record.id
     if identity_problem(key) is None:
@@ -120,7 +120,7 @@ def _in_place_of(record: Event | Result | ForeignItem, uid: str) -> ForeignItem:
 
 
 def _position_of(key: EventId) -> int:
-    """Return a number that tells identities apart where an item does not state its own."""
+    """Return a number that distinguishes items that do not state an identity."""
     exactly = "\n".join(_exactly(part) for part in key)
     return int.from_bytes(hashlib.blake2b(exactly.encode(), digest_size=7).digest())
 
@@ -128,13 +128,13 @@ def _position_of(key: EventId) -> int:
 def plain(record: Record) -> Record:
     """Return a record that any reader can unpickle and a spool can write: see `sanitized`.
 
-    An event with something else than an array and a number in it becomes an item that its reader
-    refuses, under the event's own identity.
+    An event that holds anything but an array and a number becomes an item that its reader refuses,
+    under the event's own identity.
 
     Raises
     ------
     ValueError
-        If it has an identity that cannot be kept, or is a result with something else in it.
+        If its identity cannot be kept, or if it is a result that holds anything else.
     """
     if isinstance(record, ForeignItem):
         return record
@@ -160,7 +160,7 @@ def plain(record: Record) -> Record:
 
 
 def sanitized(value: Any, depth: int = _DEPTH) -> Any:
-    """Return a foreign object with everything in it that is neither plain data nor array replaced.
+    """Return a foreign object in which all but plain data and arrays is replaced.
 
     Readers in other environments can then unpickle it, and a spool can write it. Never raises.
     """
@@ -175,7 +175,7 @@ def sanitized(value: Any, depth: int = _DEPTH) -> Any:
         return tuple(sanitized(part, depth - 1) for part in value)
     try:
         base = _without_its_class(value)
-    except Exception:  # whatever the methods of a foreign class raise
+    except Exception:  # a foreign class's methods may raise anything
         base = value
     if isinstance(base, np.ma.MaskedArray):
         return base
@@ -206,7 +206,7 @@ def _without_its_class(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is an array that is its bytes, and whose type's name says how to read them."""
+    """Whether an array consists of its bytes, and its dtype's name says how to read them."""
     if type(value) is not np.ndarray:
         return False
     dtype = value.dtype
@@ -214,7 +214,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _exactly(part: Any) -> str:
-    """Return a text that is another one for every other integer or text."""
+    """Return a text that is different for each integer and each text."""
     if isinstance(part, int):
         return hex(part)
     return repr(str(part)) if isinstance(part, str) else described(part, _TEXT)

@@ -1,4 +1,4 @@
-"""Reading a spool: what an earlier life of a queue left, checked against what it had confirmed."""
+"""Reading a spool: what a queue's earlier life left, checked against what it had confirmed."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ class Unsettled:
 
 
 class _Head(NamedTuple):
-    """How a segment begins: which one it goes on from, and where that one ends."""
+    """A segment's beginning: which segment it follows, and where that one ends."""
 
     previous: int
-    length: int  # of the previous segment, as far as it counts
+    length: int  # how much of the previous segment counts
     end: int  # of the beginning
 
 
 class SpoolReader:
     """Reads the segments of a spool.
 
-    Each segment says which one it follows, and up to which byte that one counts: what stands behind
-    was never confirmed, or is in the later segment once more. The last segment counts as far as it
-    is whole; up to the mark, it has to be.
+    Each segment says which one it follows, and up to which byte that one counts: anything behind
+    was never confirmed, or is repeated in the later segment. The last segment counts as far as it
+    is intact; up to the mark it must be.
 
     Parameters
     ----------
     directory
         Where the segments are.
     mark
-        How far they have been synced; None if that is not known, as in a copy of the segments.
+        How far they have been synced; None if that is unknown, as in a copy of the segments.
     fs
         Where the directory is.
 
@@ -96,7 +96,8 @@ class SpoolReader:
         The last of these segments (0 if there is none), where it ends, and up to where it is known
         to be on disk.
     others
-        Segments that do not count: all in them is settled, or they were never begun to their end.
+        Segments that do not count: their records are all settled, or their beginning was never
+        finished.
 
     Raises
     ------
@@ -131,7 +132,7 @@ class SpoolReader:
         """Return the segments that count, from the oldest on."""
         self._heads: dict[int, _Head] = {}
         if self._mark is not None:
-            # Nothing was confirmed in a later segment: the mark is synced before.
+            # No later segment has confirmed records: the mark is synced first.
             oldest, number = self._mark.oldest, self._mark.number
         else:
             begun = [number for number in numbers if self._head(number) is not None]
@@ -149,7 +150,7 @@ class SpoolReader:
         return chain[::-1]
 
     def _head(self, number: int) -> _Head | None:
-        """Return how a segment begins; None if it was not begun to its end, or is damaged."""
+        """Return a segment's beginning; None if that is incomplete or damaged."""
         path = path_of(self._directory, number)
         version = format_of(path, self._fs)
         if version is not None and version != FORMAT:
@@ -188,7 +189,7 @@ class SpoolReader:
             entry = entry_of(decode(skeleton, frame.data))
             order, entry.losses, entry.lost_by, entry.reason = json.loads(note)
             size = len(frame.skeleton) + len(frame.data)
-            # One that was known has been moved here from an earlier segment.
+            # A record known already was moved here from an earlier segment.
             self.unsettled[entry.id] = Unsettled(entry, order, number, frame.end, size)
             self._lacking.discard(entry.id)
             replay.accepted += replay.keys.add(entry.id)
@@ -219,7 +220,7 @@ class SpoolReader:
         replay.books = snapshot["books"]
         replay.accepted, replay.quarantined = snapshot["accepted"], snapshot["quarantined"]
         self.order = snapshot["order"]
-        # What could not be written down as settled, on a full disk, was settled nevertheless.
+        # Records may have been settled without room to write that down.
         unsettled = set(KeySet.from_json(snapshot["unsettled"]))
         self.unsettled = {key: one for key, one in self.unsettled.items() if key in unsettled}
         self._lacking = unsettled - set(self.unsettled)

@@ -1,8 +1,8 @@
-"""The three roles in which a program uses a queue, whichever actor is behind it.
+"""The three roles in which a program uses a queue of either kind.
 
-A `Producer` fills the queue, a `Reader` leases records and brings them to an end, an `Admin` looks
-at the queue without changing it. Our own actor and a three-method actor such as psana-ray's each
-have their own classes for them (`native.py`, `foreign.py`).
+A `Producer` fills the queue, a `Reader` leases records and settles them, an `Admin` looks at the
+queue without changing it. Our own actor and a three-method actor such as psana-ray's each have
+their own classes for them (`native.py`, `foreign.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.types import Event, EventId, Refusal, Result
 
 Taken = Event | Result | Refusal
-"""What a reader gets: a record, or the reason why an item is none."""
+"""What a reader gets: a record, or the reason why an item is not one."""
 
 
 class Producer(Protocol):
@@ -24,13 +24,12 @@ class Producer(Protocol):
 
     @property
     def closes_for_all(self) -> bool:
-        """Whether `close` ends the stream of all producers, so that only the last may call it."""
+        """Whether `close` ends the stream for all producers, so that only the last may call it."""
 
     def open(self, producer: str, of: int = 1, here: bool = True) -> None:
         """Announce a producer, one of ``of`` that together make the stream.
 
-        With ``here``, this process keeps it alive; otherwise that producer has to say itself that
-        it is alive.
+        With ``here``, this process keeps it alive; otherwise the producer has to do that itself.
 
         Raises
         ------
@@ -80,21 +79,21 @@ class Producer(Protocol):
         """
 
     def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """End the parts of all producers whose names begin so, and forget their own failures.
+        """End the part of each producer whose name has a prefix; forget those producers' failures.
 
-        For a producer that knows that the others' work has been done. ``failure`` says what is
-        wrong with all of it.
+        Only a producer that knows that all work has been done may call it. ``failure`` says what is
+        wrong with the stream as a whole.
         """
 
 
 class Reader(Protocol):
-    """Leases records from a queue and brings each of them to an end."""
+    """Leases records from a queue and settles each of them."""
 
     failures: dict[str, str]
     """At the end of the stream: producers that ended their part early, and why."""
 
     flush_wanted: bool
-    """Whether nothing more comes before what is held here has been brought to an end."""
+    """Whether nothing more comes until what is held here has been settled."""
 
     @property
     def holder(self) -> str:
@@ -110,8 +109,8 @@ class Reader(Protocol):
         Returns
         -------
         str
-            A name of the stream: the same for all who read it, and of no other stream of any queue.
-            What another program's queue holds is one stream, run after run.
+            The stream's name: the same for all its readers, and unique among all queues. Another
+            program's queue holds a single stream, run after run.
         """
 
     def get(self, group: str, max_records: int, timeout_s: float) -> tuple[list[Taken], bool]:
@@ -130,7 +129,7 @@ class Reader(Protocol):
         Returns
         -------
         list of Event, Result or Refusal
-            What there was.
+            What was leased or refused.
         bool
             Whether the stream has ended.
         """
@@ -142,13 +141,13 @@ class Reader(Protocol):
         """Have records put into quarantine, each with its reason."""
 
     def release(self, failure: str | None = None) -> int:
-        """Give back all that is held; return how many records that were.
+        """Give back all that is held; return how many records.
 
         With a ``failure``, each of them counts as a record that may have caused it.
         """
 
     def still_held(self, ids: Iterable[EventId]) -> set[EventId]:
-        """Ask which of these are leased to this process at this moment."""
+        """Return which of these are leased to this process now."""
 
     def lost_by(self, key: EventId) -> tuple[str, ...]:
         """Return the holders that had a record before and were lost with it."""
@@ -162,11 +161,11 @@ class Admin(Protocol):
 
     @property
     def uid(self) -> str:
-        """A name that no other queue has, past or future."""
+        """A name that no other queue, past or future, has."""
 
     @property
     def leases(self) -> bool:
-        """Whether records are leased, so that what a dead reader held goes to another one."""
+        """Whether records are leased, so that a dead reader's records go to another one."""
 
     @property
     def promise(self) -> str:

@@ -34,22 +34,23 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a rank says of itself; each report says all of it, so that none may be missed.
+    """What a rank says about itself. Each report is complete, so losing one does no harm.
 
     Attributes
     ----------
     rank
         Its number.
     standing
-        Every standing but `Standing.LOST`.
+        Any standing except `Standing.LOST`.
     failure
         What went wrong with it.
     final
-        Whether the other ranks cannot make good what went wrong.
+        Whether the other ranks cannot repair what went wrong.
     closed
         Whether it has closed the run.
     given_up
-        A rank that was to close the run and does not: it is lost until it reports something new.
+        A rank that should close the run and does not; it counts as lost until it reports something
+        new.
     """
 
     rank: int
@@ -69,13 +70,13 @@ class Roll:
     standings
         Of each rank.
     failures
-        Ranks with which something went wrong, and what.
+        Ranks that had a failure, and the failure.
     final
-        Whether the other ranks cannot make good one of the failures.
+        Whether one of the failures cannot be repaired by other ranks.
     closer
         The rank whose turn it is to close the run; None while ranks are at work, and afterwards.
     closed
-        Whether the run has been closed, so that nobody need stay.
+        Whether the run has been closed, so that no rank has to stay.
     """
 
     standings: tuple[Standing, ...]
@@ -88,8 +89,8 @@ class Roll:
 class RosterState:
     """The reports of all ranks, and what follows from them: no Ray, and the clock is given.
 
-    The run is closed when no rank is at work any more, by the lowest rank that is done. If that one
-    is lost, the next one closes it. A rank that was lost and reports again is not lost any more.
+    The run is closed when no rank is at work any more, by the lowest rank that is done. If that
+    rank is lost, the next one closes it. A lost rank that reports again is no longer lost.
 
     Parameters
     ----------
@@ -163,8 +164,8 @@ class RosterState:
 class RosterActor:
     """`RosterState` as an actor, which ends when no rank is left.
 
-    It outlives rank 0, whose death the others must learn of. Made anew by Ray after its own death,
-    it knows everything again once each rank has reported.
+    It outlives rank 0, because the others must learn of rank 0's death. If Ray restarts it, it
+    knows everything again once each rank has reported.
     """
 
     def __init__(self, num_ranks: int, silence_s: float, linger_s: float = _LINGER_S) -> None:
@@ -203,7 +204,7 @@ class Roster:
     silence_s
         The silence after which it would be lost.
     stalled
-        Says whether it does not get on, so that it is not to count as alive.
+        Says whether the rank is stuck and must not count as alive.
     """
 
     def __init__(
@@ -248,13 +249,13 @@ def connect_roster(
     Parameters
     ----------
     name, namespace
-        Of its actor: a name of its own for every run.
+        Of the roster's actor; every run has its own name.
     num_ranks, rank
         How many ranks the run has, and which of them this is.
     silence_s
         A rank that is silent for longer is lost.
     stalled
-        Says whether this rank does not get on, so that it is not to count as alive.
+        Says whether this rank is stuck and must not count as alive.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -269,7 +270,7 @@ def connect_roster(
             get_if_exists=True,
             num_cpus=0,
             max_restarts=-1,
-            # Softly: if this node dies, it is made anew on another one.
+            # A soft constraint: if this node dies, the roster is made on another one.
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
         )
         .remote(num_ranks, silence_s)

@@ -14,14 +14,14 @@ from peaknet_predict.queues.synced_mark import MarkFile
 
 
 class OpenSegment:
-    """A segment to whose end records are appended, until a write or a sync of it fails.
+    """A segment that records are appended to, until a write or a sync of it fails.
 
     Parameters
     ----------
     number, size, synced
         Which one it is, its bytes, and how many of them are known to be on disk.
     mark
-        Where it is written down how far the segment has been synced.
+        Records how far the segment has been synced.
     fs
         Where the file is.
     file
@@ -64,7 +64,7 @@ class OpenSegment:
         try:
             size = write_frame(self._file, self._fs, kind, skeleton, buffers)
         except OSError:
-            # What there is of it must not stand before the next record.
+            # A part of it must not stand before the next record.
             try:
                 self._fs.ftruncate(self._file, self.size)
             except OSError:
@@ -74,7 +74,7 @@ class OpenSegment:
         return size
 
     def syncing(self) -> Callable[[], None]:
-        """Return what to call, in any thread, to bring on disk what has been appended so far."""
+        """Return a function that syncs, in any thread, what has been appended so far."""
         assert self._file is not None
         size, file = self.size, self._fs.dup(self._file)
 
@@ -87,7 +87,7 @@ class OpenSegment:
         return sync
 
     def seal(self) -> None:
-        """Append nothing any more; sync what there is, if that is possible: see `synced`."""
+        """Stop appending; sync what there is if possible, see `synced`."""
         self._is_sealed = True
         if self._file is not None:
             with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ class OpenSegment:
             try:
                 self._fs.fdatasync(file)
             except OSError:
-                # The system may have dropped what it could not write, and say so only once.
+                # The system may have dropped what it could not write, and reports that only once.
                 self._sync_failed = True
                 raise
             self.synced = size

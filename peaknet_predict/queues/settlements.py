@@ -15,7 +15,7 @@ _REASONS_KEPT = 100
 
 
 class Settlements:
-    """Settles records, and counts the readers that each of them costs.
+    """Settles records, and counts the readers that each of them has cost.
 
     A rejected record is settled only when the quarantine has it on disk. Until then it waits here,
     takes up room in the queue and keeps the stream from ending.
@@ -23,7 +23,7 @@ class Settlements:
     Parameters
     ----------
     ready
-        Whose room waiting records take up.
+        The room in it that waiting records take up.
     max_losses
         How many readers a record may cost before it is quarantined as a poison message.
     quarantine
@@ -74,7 +74,7 @@ class Settlements:
         self.reasons.append(f"{entry.id}: {reason}")
         if self._journal is not None:
             self._journal.note(entry)
-        # It waits here before it is handed over: whatever the quarantine raises, it is not lost.
+        # It is kept here first, so that it is not lost if the quarantine raises.
         self._waiting[entry.id] = entry
         self._ready.reserve(entry)
         if self._quarantine is None or self._quarantine(entry, reason) is not False:
@@ -90,7 +90,7 @@ class Settlements:
                 self._write(entry, quarantined=True)
 
     def count_loss(self, entry: Entry, holder: str, reason: str) -> bool:
-        """Count a reader that was lost with a record; True if that was one too many.
+        """Count a reader that was lost with a record; True if that exceeds the limit.
 
         The record is then quarantined as a poison message.
         """

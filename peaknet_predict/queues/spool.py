@@ -1,14 +1,14 @@
 """A queue's memory on disk: append-only files that a new life of the queue replays.
 
-A spool is a directory of numbered segments. Each begins with a snapshot of what is known besides
-the records (keys seen, counts, producers and readers), and with which segment it goes on from; so
-a segment is deleted once all its records are settled and none before it is left. Where a few
-records keep many segments, they are moved forward.
+A spool is a directory of numbered segments. Each begins with a snapshot of everything but the
+records (keys seen, counts, producers and readers) and names the segment that it follows; so a
+segment is deleted once all its records are settled and no older segment is left. If a few records
+keep many segments, they are moved forward.
 
-What is confirmed has been synced, and how far all has been synced is written down in a file of its
-own (`MarkFile`): damage before that mark is an error, and what was being written behind it is
-dropped. After a write or a sync that failed, a file is never appended to again: the spool goes on
-in a new segment, with everything that is not known to be on disk.
+Confirmed records have been synced, and a separate file (`MarkFile`) says how far: damage before
+that mark is an error, while an incomplete record behind it is dropped. After a failed write or sync
+nothing is ever appended to that file again: the spool goes on in a new segment, with everything
+that is not known to be on disk.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Spool:
         Where the segments are; made if missing, readable by its owner only. One queue at a time
         holds it.
     segment_bytes
-        How large a segment becomes. What is on disk is at most twice what is unsettled, and two
+        How large a segment becomes. The disk holds at most twice the unsettled records, and two
         segments.
     fs
         The file system.
@@ -64,8 +64,8 @@ class Spool:
     Raises
     ------
     SpoolError
-        If another queue holds it, it cannot be read or written, or something is missing or damaged
-        that had been synced.
+        If another queue holds it, if it cannot be read or written, or if something that had been
+        synced is missing or damaged.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Spool:
         self._try_append(Kind.NOTE, _note(entry))
 
     def settled(self, key: EventId, quarantined: bool) -> None:
-        """Append that a record has been settled; without room, it would come again after a crash.
+        """Append that a record has been settled; if that fails, it comes again after a crash.
 
-        Its next reader would then find that it has it already.
+        Its next reader then finds that it has the record already.
         """
         if not self._live.settle(key):
             return
@@ -133,7 +133,7 @@ class Spool:
         self._delete_settled()
 
     def syncing(self) -> Callable[[], None]:
-        """Return what another thread has to call to bring on disk what has been appended so far.
+        """Return a function that syncs, in any thread, what has been appended so far.
 
         It raises OSError if that fails. The next call to this method then begins a new segment,
         with all that is not known to be on disk, and raises OSError itself if that fails.
@@ -143,7 +143,7 @@ class Spool:
         return self._segment.syncing()
 
     def tidy(self) -> None:
-        """Do what can wait: call it now and then, also while nothing happens."""
+        """Do what can wait; to be called now and then, even while nothing happens."""
         with contextlib.suppress(OSError):
             if self._segment.is_over:
                 self._begin_segment()
@@ -180,7 +180,7 @@ class Spool:
         self.replay = found.replay
         self._live = LiveRecords(found)
         self._order = found.order
-        # What lies behind the synced part goes into the new segment.
+        # The new segment repeats what lies behind the synced part.
         self._segment = OpenSegment(found.last, found.end, found.synced, self._mark, self._fs)
         self._leftovers = found.others
         self._latest = max([found.last, *found.others])
@@ -188,7 +188,7 @@ class Spool:
         self._begin_segment()
 
     def _try_append(self, kind: Kind, content: Any) -> bool:
-        """Append what the next segment's beginning would say as well; False if that failed."""
+        """Append what the next segment's beginning repeats anyway; False if that failed."""
         try:
             if self._segment.is_over:
                 return False
@@ -206,7 +206,7 @@ class Spool:
 
     def _begin_segment(self) -> None:
         """Go on in a new segment, which begins with all that is known."""
-        # From here on the old one must not grow: the new one says where it ends.
+        # The old one must not grow any more: the new one says where it ends.
         self._segment.seal()
         self._delete_settled()  # makes room
         self._latest += 1
@@ -225,7 +225,7 @@ class Spool:
             self._mark.advance(synced=(number, size))
             self._mark.sync()
         except OSError:
-            # Whether it counts is not known: it stays, and the next one follows the old one.
+            # Nobody knows whether it counts: it stays, and the next one follows the old one.
             self._fs.close(file)
             self._leftovers.append(number)
             raise
@@ -240,7 +240,7 @@ class Spool:
         self._delete_settled()
 
     def _write_beginning(self, file: int) -> tuple[int, list[tuple[Unsettled, int]]]:
-        """Write how a segment begins; return its size, and the records in it, each with its end."""
+        """Write a segment's beginning; return its size, and the records in it with their ends."""
         before, replay, records = self._segment, self.replay, self._live.records
         snapshot = {
             "previous": [before.number, before.synced],
@@ -255,13 +255,13 @@ class Spool:
         size = write_frame(file, self._fs, Kind.BEGIN, json.dumps(snapshot).encode())
         again = []
         for record in self._live.behind(before.number, before.synced):
-            # It may never reach the disk where it is.
+            # Its old copy may never reach the disk.
             size += write_frame(file, self._fs, Kind.PUT, *_put(record))
             again.append((record, size))
         return size + write_frame(file, self._fs, Kind.BEGUN, b""), again
 
     def _compact(self) -> None:
-        """Move a record forward where few of them keep many segments: one with every change."""
+        """Move one record forward if a few of them keep many segments; called with every change."""
         record = self._live.to_move(self._segment.number, self._segment_bytes)
         if record is not None:
             with contextlib.suppress(OSError):
@@ -271,7 +271,7 @@ class Spool:
     def _delete_settled(self) -> None:
         """Delete the oldest segments, up to the first that is still needed."""
         if self._mark.mark is None:
-            return  # the mark must not be made before there is a segment for it
+            return  # there must be a segment before there is a mark
         needed = self._live.first_needed(self._segment.number, self._segment.synced)
         settled = self._live.before(needed)
         if not settled:

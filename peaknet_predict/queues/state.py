@@ -1,6 +1,6 @@
-"""What a queue holds and promises, as a plain class: no Ray, no threads, and the clock is given.
+"""What a queue holds and promises, as a plain class without Ray, threads or a clock of its own.
 
-The actor wraps it; keeping it apart lets tests drive every order of calls, and time.
+The actor wraps it. Kept apart, it can be tested in every order of calls, at any time.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = ["Delivery", "QueueState", "QueueStatistics"]
 class QueueState:
     """A bounded first-in first-out queue whose records are leased, acknowledged and never doubled.
 
-    An accepted record is ready, leased, acknowledged, quarantined, or waits for the quarantine's
-    disk, and in one of these states only. A put of a key that was accepted before is a success that
-    changes nothing. A lease ends with the acknowledgement, or the record is ready again. The end of
-    the stream is a state: all producers have closed it, and every record has been settled.
+    An accepted record is in exactly one state: ready, leased, acknowledged, quarantined, or waiting
+    for the quarantine's disk. Putting a key that was accepted before succeeds and changes nothing.
+    A lease ends with an acknowledgement, or the record is ready again. The end of the stream is a
+    state: all producers have closed it, and every record has been settled.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class QueueState:
     uid
         Names this queue apart from every other, past and future.
     first_token, clock
-        Where tokens of leases count from; seconds that only go forward.
+        Where lease tokens count from; a monotonic clock in seconds.
     quarantine
         Takes what is quarantined, with the reason. Returns False if it is not on disk yet:
         `Settlements.confirm` is then told when it is.
@@ -108,14 +108,14 @@ class QueueState:
         self.streams.close(producer, failure, end_markers)
 
     def close_group(self, prefix: str, failure: str | None = None, end_markers: int = 1) -> None:
-        """End the parts of all producers whose names begin so, and forget their own failures."""
+        """End the part of each producer whose name has a prefix; forget their own failures."""
         self.streams.close_group(prefix, failure, end_markers)
 
     def put(self, producer: str, records: Sequence[Record]) -> int:
-        """Take records in order for as long as there is room; the answer is how many were taken.
+        """Take records in order while there is room; return how many were taken.
 
-        A record whose key was accepted before counts as taken, and changes nothing. One that cannot
-        be kept as it is, for its identity or what is in it, is taken too, into the quarantine.
+        A record whose key was accepted before counts as taken, and changes nothing. A record that
+        cannot be kept as it is goes into the quarantine, and counts as taken too.
 
         Raises
         ------
@@ -149,14 +149,15 @@ class QueueState:
         return True
 
     def ask(self, group: str, holder: str, sequence: int, resumes: bool = False) -> Delivery | None:
-        """Hear a request for records; the answer if it does not depend on what is here.
+        """Hear a request for records; return an answer if that does not depend on what is here.
 
         Parameters
         ----------
         group, holder
-            The consumer group that reads, and the process: it is what must be heard of.
+            The consumer group that reads; the process, which must be heard from.
         sequence
-            A number that grows from request to request of a holder. If it repeats, the answer does.
+            A number that grows with each request of a holder. A repeated number gets the same
+            answer.
         resumes
             As for `connect_queue`.
         """
@@ -172,7 +173,7 @@ class QueueState:
 
     def take(self, group: str, holder: str, sequence: int, max_records: int) -> Delivery:
         """Lease up to ``max_records``, as the answer to a request that `ask` could not answer."""
-        self.leases.hear(holder, self._clock())  # it has waited all the while
+        self.leases.hear(holder, self._clock())  # it was alive while it waited
         if self.streams.end_for(group):
             return Delivery.end(self.streams.failures)
         ended = self.streams.ended
@@ -196,7 +197,7 @@ class QueueState:
         return None
 
     def ack(self, tokens: Iterable[int]) -> list[int]:
-        """End leases whose records the next stage has; the answer is the tokens that were stale."""
+        """End leases whose records the next stage has; return the stale tokens."""
         entries, stale = self.leases.end_all(tokens)
         for entry in entries.values():
             self.settlements.acknowledge(entry)
@@ -204,7 +205,7 @@ class QueueState:
         return stale
 
     def reject(self, reasons: dict[int, str]) -> list[int]:
-        """Quarantine leased records, each for a reason; the answer is the stale tokens."""
+        """Quarantine leased records, each for a reason; return the stale tokens."""
         entries, stale = self.leases.end_all(reasons)
         for token, entry in entries.items():
             self.settlements.reject(entry, reasons[token])
@@ -253,8 +254,8 @@ class QueueState:
     ) -> None:
         """Take over what a journal kept of an earlier life of this queue.
 
-        ``kept`` are records that the quarantine has, and the reasons, whether the journal knows it
-        or not.
+        ``kept`` are the records that the quarantine has, with reasons; the journal may not know of
+        them.
         """
         self.keys = keys
         self.accepted, self.settlements.quarantined = accepted, quarantined
@@ -266,12 +267,12 @@ class QueueState:
             if reason is not None and self.settlements.has_quarantine:
                 self.settlements.reject(entry, reason)
             else:
-                # Leases died with the earlier life; whoever had one may have brought it to its end.
+                # Leases died with the earlier life; their holders may have settled the records.
                 entry.lost_by.append(ANYONE)
                 self.ready.append(entry)
 
     def statistics(self) -> QueueStatistics:
-        """Return what went through and what is here."""
+        """Return counts of what went through and of what is here."""
         self.tick()
         return _statistics_of(self)
 

@@ -24,9 +24,9 @@ class QueueStatistics:
     ready, ready_bytes, leased, leased_bytes
         Records that wait for a reader, and that readers hold.
     largest
-        Most records that were ready at a time.
+        Most records that were ever ready at once.
     open_producers
-        Who may still put.
+        Producers that may still put.
     failures
         Producers that ended their part of the stream early, and why.
     quarantine

@@ -1,4 +1,4 @@
-"""Who fills a queue, and when its stream has ended."""
+"""The producers of a queue, and when its stream has ended."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from peaknet_predict.queues.wire import printable
 class StreamBook:
     """The producers of a queue, and the end of its stream as a state.
 
-    Producers open the stream and close it. It has ended when as many as announced have opened and
-    closed it. Programs that know only ``put`` open it with their first item and close it with an
-    end item: see `ForeignStreams`.
+    Producers open the stream and close it. It has ended when all announced producers have opened
+    and closed it. Programs that know only ``put`` open it with their first item and close it with
+    an end item: see `ForeignStreams`.
 
     Parameters
     ----------
     uid
-        Names the queue apart from every other queue, past and future.
+        Identifies the queue among all others, past and future.
     is_empty
         Says whether every record in the queue has been settled.
     journal
@@ -33,7 +33,7 @@ class StreamBook:
     foreign
         The streams of programs that know only ``put``.
     groups
-        Who reads.
+        The consumer groups that read.
     failures
         Producers that ended their part of the stream early, and why.
     """
@@ -50,12 +50,12 @@ class StreamBook:
         self.failures: dict[str, str] = {}
         self._is_empty = is_empty
         self._journal = journal
-        self._heard: dict[str, float] = {}  # open producers, and when each was last heard of
+        self._heard: dict[str, float] = {}  # open producers, and when each was last heard from
         self._closed: set[str] = set()
         self._silenced: set[str] = set()
         self._expected = 0
         self._end_markers = 0
-        self._foreign_due: float | None = None  # when a foreign producer must have been heard of
+        self._foreign_due: float | None = None  # by when a foreign producer must be heard from
 
     @property
     def ended(self) -> bool:
@@ -75,7 +75,7 @@ class StreamBook:
         return sorted(self._heard) + ([FOREIGN] if self.foreign.is_open else [])
 
     def open(self, producer: str, of: int, now: float) -> None:
-        """Announce a producer; one that fell silent and comes back goes on where it was."""
+        """Announce a producer; one that fell silent goes on where it was."""
         if not producer.isprintable():
             raise ValueError(f"a producer's name must be printable text, not {producer!r}")
         if producer not in self._heard:
@@ -89,7 +89,7 @@ class StreamBook:
         self._save()
 
     def check_open(self, producer: str, now: float) -> None:
-        """Raise ValueError if a producer may not put; one that only slept is open again."""
+        """Raise ValueError if a producer may not put; one that only paused is open again."""
         if producer in self._silenced:
             self.open(producer, 1, now)
         if producer not in self._heard:
@@ -116,19 +116,19 @@ class StreamBook:
         self._save()
 
     def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
-        """End the parts of all producers whose names begin so, and forget their own failures.
+        """End the part of each producer whose name has a prefix; forget those producers' failures.
 
-        For a producer that has seen the end of the stage before: whatever one of them left undone
-        has been done by the others. ``failure`` says what is wrong with all of it.
+        A producer that has seen the end of the previous stage calls it: the others have done what
+        one of them left undone. ``failure`` says what is wrong with the stream as a whole.
         """
         for name in [name for name in self._heard if name.startswith(prefix)]:
             self.close(name, None, end_markers)
-        # What is wrong with all of it, as another member has said, stays.
+        # A failure of the whole stream, reported by another member, stays.
         members = (name for name in self.failures if name.startswith(prefix) and name != prefix)
         for name in list(members):
             self._silenced.discard(name)
             del self.failures[name]
-        # One that died before it opened is not waited for either.
+        # A producer that died before it opened is not waited for either.
         self._expected = min(self._expected, len(self._closed) + len(self._heard))
         if failure is not None:
             self.failures[printable(prefix)] = printable(failure)
@@ -151,7 +151,7 @@ class StreamBook:
             self._save()
 
     def open_foreign(self) -> None:
-        """Note that a program that knows only ``put`` offers an item: it is alive."""
+        """Note that a program that knows only ``put`` offers an item, so it is alive."""
         self._foreign_due = None
         self._begin_if_ended()
         if self.foreign.open():
@@ -160,11 +160,11 @@ class StreamBook:
     def accept_foreign(self, identity: tuple[int, int] | None, keys: KeySet) -> None:
         """Note that an item of such a program has been accepted.
 
-        ``keys`` forgets the streams that have ended with it, or they would grow with every start of
+        ``keys`` forgets the streams that ended with it; otherwise it would grow with every start of
         such a program.
         """
         if self.foreign.follows(identity):
-            self.failures.pop(FOREIGN, None)  # it had only paused
+            self.failures.pop(FOREIGN, None)  # the program had only paused
         for stream, rank in self.foreign.accept(identity):
             keys.forget(stream, rank)
 
@@ -184,12 +184,12 @@ class StreamBook:
         return f"{self.uid}.{self.groups.generation_of(group)}"
 
     def end_for(self, group: str) -> bool:
-        """Tell a group the end of the stream, if it is the end; True if it is at its end."""
+        """Tell a group the end of the stream if it has come; True if it has."""
         if self.groups.is_at_end(group):
             return True
         if not self.drained or not self.groups.tell_end(group):
             return False
-        # Left over, they would end whoever reads the next run.
+        # Left over, they would end the readers of the next run.
         self._end_markers = 0
         self._save()
         return True
@@ -218,9 +218,9 @@ class StreamBook:
         }
 
     def restore(self, saved: dict[str, Any], keys: KeySet, now: float, timeout_s: float) -> None:
-        """Take over what `to_json` returned; producers have ``timeout_s`` to be heard of.
+        """Take over what `to_json` returned; producers have ``timeout_s`` to be heard from.
 
-        ``keys`` are all that were accepted, also after that was written down.
+        ``keys`` are all keys ever accepted, including those accepted after that was written.
         """
         self.uid = saved["uid"]
         self.foreign.restore(self.uid, saved["foreign"], keys)
@@ -231,7 +231,7 @@ class StreamBook:
         self._silenced = set(saved["silenced"])
         self._expected = saved["expected"]
         self._end_markers = saved["end_markers"]
-        # Nobody says of such a program that it is alive, and most end with the queue's process.
+        # Nothing reports that such a program is alive, and most end with the queue's process.
         self._foreign_due = now + timeout_s if self.foreign.is_open else None
 
     def _begin_if_ended(self) -> None:

@@ -1,6 +1,6 @@
-"""How far a spool has been synced, in a small file of its own.
+"""How far a spool has been synced, in a small separate file.
 
-By it a record that was being written when the power failed is told from one that was damaged later.
+It tells a record that was incomplete when the power failed from one that was damaged later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peaknet_predict.process.files import FileSystem, write_all_at, write_whole
 
 _SLOT = struct.Struct("<4sIQQQQ")  # magic, checksum of what follows, serial number, the mark
 _MAGIC = b"PkSy"
-_SLOT_BYTES = 512  # a disk writes so much at once, or nothing of it
+_SLOT_BYTES = 512  # a disk writes this much at once, or nothing
 
 
 class Mark(NamedTuple):
@@ -36,11 +36,11 @@ class Mark(NamedTuple):
 
 
 class DamagedMarkError(ValueError):
-    """The file is there, and what it says cannot be read."""
+    """The file exists but cannot be read."""
 
 
 class MarkFile:
-    """A file with two places for a mark: what is written never overwrites the last synced one.
+    """A file with two places for a mark, so that writing never overwrites the last synced one.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class MarkFile:
                 fs.close(file)
 
     def advance(self, oldest: int = 0, synced: tuple[int, int] = (0, 0)) -> None:
-        """Write that more is on disk; this itself is on disk after the next `sync`.
+        """Write a new mark; it is on disk after the next `sync`.
 
         Parameters
         ----------
@@ -106,13 +106,13 @@ class MarkFile:
                 self._file = self._fs.open(str(self._path), os.O_RDWR | os.O_CLOEXEC)
                 self._synced_slot, self._is_synced = 0, True
             elif not self._is_synced:
-                self._write()  # a sync that failed says nothing about the same bytes later
+                self._write()  # after a failed sync, a good one says nothing about these bytes
                 self._fs.fdatasync(self._file)
                 self._synced_slot = 1 - self._synced_slot
                 self._is_synced = True
 
     def sync_both(self) -> None:
-        """Return once both places have the mark on disk: damage to one brings back no other."""
+        """Return once both places have the mark on disk, so that damage to one is harmless."""
         self.sync()
         self._is_synced = False
         self.sync()
@@ -150,7 +150,7 @@ class MarkFile:
         if not found:
             return False
         self._serial, slot, self.mark = max(found)
-        # It may never have reached the disk. Only what is written again is synced again.
+        # It may never have reached the disk; only what is written again is synced.
         write_all_at(file, self._slot(), slot * _SLOT_BYTES, self._fs)
         self._fs.fdatasync(file)
         self._synced_slot = slot

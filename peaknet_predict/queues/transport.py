@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 _OUTAGE_S = 60.0  # how long a queue may be out of reach, or restarting, before a call fails
 _RETRY_S = 0.5
-_ACKS_UNDER_WAY = 32  # more unanswered acknowledgements than that are waited for
+_ACKS_UNDER_WAY = 32  # beyond this many unanswered acknowledgements, wait for answers
 _ACK_WAIT_S = 2.0
 
 
 def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
-    """Call a method of an actor, again while it is out of reach; return its answer.
+    """Call a method of an actor, repeatedly while it is out of reach; return its answer.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
         try:
             return ray.get(getattr(handle, method).remote(*args))
         except ray.exceptions.ActorUnavailableError as error:
-            # It may have been carried out; done again, it changes nothing.
+            # The call may have been carried out; repeating it changes nothing.
             if time.monotonic() > deadline:
                 raise QueueError(
                     f"queue {name!r} did not answer a {method} for {_OUTAGE_S:.0f} s. Look at the "
@@ -49,7 +49,7 @@ def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
 class ActorCalls:
     """The methods of one actor, called from here.
 
-    Every method that changes the queue may be repeated, and is, if its answer is lost.
+    A method whose answer is lost is called again; that changes nothing.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class ActorCalls:
         ray.get(self.handle.heartbeat.remote(holder, producers), timeout=_OUTAGE_S)
 
     def gone(self, error: Exception) -> QueueError:
-        """Return the error that says that the actor is gone, and what became of its records."""
+        """Return an error that says that the actor is gone, and what became of its records."""
         name, spool = self.settings.name, self.settings.spool
         kept = (
             f"what was still in it is in its spool {spool}: a queue made with that spool goes on"
@@ -99,10 +99,9 @@ class ActorCalls:
 
 
 class Acknowledgements:
-    """Sends acknowledgements without waiting for their answers.
+    """Sends acknowledgements without waiting for answers.
 
-    One whose answer is lost is sent again: otherwise its lease would last for as long as this
-    process lives.
+    One whose answer is lost is sent again: its lease would otherwise last as long as this process.
     """
 
     def __init__(self, calls: ActorCalls) -> None:
@@ -116,7 +115,7 @@ class Acknowledgements:
             self._unconfirmed.append((self._calls.handle.ack.remote(tokens), tokens))
 
     def confirm(self) -> None:
-        """Look at the answers; send again what was not answered."""
+        """Collect answers; send again what was not answered."""
         import ray
 
         with self._lock:
@@ -137,12 +136,12 @@ class Acknowledgements:
 
 
 class Heartbeat:
-    """A thread that calls a method now and then, for as long as its object exists.
+    """A thread that calls a method regularly for as long as its object exists.
 
     Parameters
     ----------
     beat
-        A bound method. Its object is not kept alive by this.
+        A bound method, whose object this does not keep alive.
     interval_s
         Seconds between two calls.
     """
@@ -153,7 +152,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread if it does not run."""
+        """Start the thread unless it runs."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(
                 target=_beat, args=(self._beat, self._interval_s), name="heartbeat", daemon=True
@@ -172,7 +171,7 @@ def _beat(method: weakref.WeakMethod[Callable[[], None]], interval_s: float) -> 
         try:
             beat()
         except (ray.exceptions.ActorDiedError, SystemExit):
-            return  # the queue is gone, as its users find out; or Ray ends with this process
+            return  # the queue is gone, as its users will notice; or Ray ends with this process
         except Exception as error:
             log.debug("heartbeat: %s", error)
         del beat

@@ -1,4 +1,4 @@
-"""Calls that wait inside the queue's process; it has one event loop, so nothing here is locked."""
+"""Calls that wait inside the queue's process, which has one event loop and needs no locks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    """A call that waits: how to get its answer, how much it asks for, and what it got."""
+    """A waiting call: how to get its answer, how much it asks for, and what it got."""
 
     __slots__ = ("attempt", "future", "given", "wanted")
 
@@ -38,15 +38,15 @@ class _Call(Generic[T]):
 class WaitingCalls(Generic[T]):
     """Calls that wait for an answer, in the order in which they came.
 
-    Each change of the queue answers them there and then, with `serve`, instead of waking them to
-    look for themselves. No wake-up can be lost, because none comes between a change and its
-    answer, and a change costs as many attempts as it has answers, however many calls wait.
+    Each change of the queue answers them at once, with `serve`, instead of waking them up to look
+    for themselves. So no wake-up can be lost, and a change costs as many attempts as it has
+    answers, however many calls wait.
 
     Parameters
     ----------
     serve
-        Serves these calls and all others that their answers may concern. Called when a call has
-        come, and when the time of one that was answered has run out.
+        Serves these calls and all others that their answers may affect. Called when a call arrives,
+        and when the time of an answered one has run out.
     """
 
     def __init__(self, serve: Callable[[], None]) -> None:
@@ -66,12 +66,12 @@ class WaitingCalls(Generic[T]):
         Parameters
         ----------
         key
-            Names the call. The same call made again takes the place of the one that waits, whose
-            caller is gone.
+            Identifies the call. The same call made again replaces the one that waits, whose caller
+            is gone.
         attempt
             Returns the answer, or None while there is none. It must not serve waiting calls.
         timeout_s
-            The last attempt is made after so many seconds; without success, the answer is None.
+            Seconds until the last attempt; if that fails, the answer is None.
         wanted
             How much the call asks for: what `serve` passes to ``worth_trying``.
         give_back
@@ -119,7 +119,7 @@ class WaitingCalls(Generic[T]):
 
 
 class Linger:
-    """A short pause after an answer, so that what comes meanwhile goes out together.
+    """A short pause after an answer, so that what arrives meanwhile goes out together.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Long waits are reported in the log, so that no process hangs in silence."""
+"""Log notices of long waits, so that no process hangs silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REPORT_S = 30.0
 
 
 class WaitingNotice:
-    """Reports one wait, every 30 seconds for as long as it lasts."""
+    """Reports a wait every 30 seconds while it lasts."""
 
     def __init__(self, waiting_for: str) -> None:
         self._waiting_for = waiting_for

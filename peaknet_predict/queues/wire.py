@@ -2,7 +2,8 @@
 
 psana-ray puts the list ``[rank, idx, image, photon_energy]`` into an input queue. The file writers
 of its pipelines take lists of tuples ``(image, peaks, photon_energy)`` from an output queue, where
-``peaks`` is a list of ``[panel, y, x]``. Whatever does not fit is refused in words, item by item.
+``peaks`` is a list of ``[panel, y, x]``. Items that do not fit are refused one by one, with a
+reason.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from peaknet_predict.types import Event, EventId, Refusal, Result, identity_prob
 def event_to_item(event: Event) -> list[Any]:
     """Return the list that a reader of psana-ray's queue expects.
 
-    An image with declared bad pixels goes out as a masked array, as it may have come.
+    An image with declared bad pixels goes out as a masked array.
     """
     image = event.image
     if event.bad_bits is not None:
@@ -61,13 +62,13 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
 
 
 def named(item: Any) -> tuple[int, int] | None:
-    """Return the rank and idx that a producer's item states; None if it states none that fit."""
+    """Return the rank and idx that a producer's item states; None without any that fit."""
     if not isinstance(item, list | tuple) or len(item) != 4:
         return None
     rank, idx = item[0], item[1]
     if identity_problem(EventId("", rank, idx)) is not None:
         return None
-    # A negative rank would be taken for that of an item that states none.
+    # Negative ranks stand for items that state none.
     return (int(rank), int(idx)) if rank >= 0 and idx >= 0 else None
 
 
@@ -110,12 +111,12 @@ def _decode_result(part: Any, identity: EventId) -> Result | Refusal:
 
 
 def _as_float(value: Any) -> float:
-    """Return a float; infinity or NaN, which no event is accepted with, for what is none."""
+    """Return a float; NaN or infinity, which no event is accepted with, for anything else."""
     try:
         return float(value)
     except OverflowError:
         return math.inf
-    except Exception:  # whatever the conversion of a foreign class raises
+    except Exception:  # a foreign class's conversion may raise anything
         return math.nan
 
 
@@ -123,7 +124,7 @@ def _as_float(value: Any) -> float:
 class Opaque:
     """Stands for an object of a class that other processes may not know: its type and its text.
 
-    Handed on as it came, it would raise in every process that takes it.
+    Passed on as it came, it would raise in every process that takes it.
     """
 
     description: str
@@ -141,7 +142,7 @@ def _describe(value: Any) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Texts of objects, made without ever making the text of a large one."""
+    """Texts of objects, without ever making the text of a large one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ class _Short(reprlib.Repr):
 
 
 def described(value: Any, length: int) -> str:
-    """Return the type of any object and the beginning of its text, on one line; never raises."""
+    """Return an object's type and the beginning of its text, on one line; never raises."""
     if isinstance(value, Opaque):
         return value.description[:length]
     try:
@@ -172,8 +173,8 @@ def described(value: Any, length: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, with all escaped that a terminal or a file may not bear.
+    """Return a text on one line, with everything escaped that could harm a terminal or a file.
 
-    That is line breaks and other control characters, NUL, and halves of surrogate pairs.
+    Escaped are line breaks and other control characters, NUL, and halves of surrogate pairs.
     """
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
