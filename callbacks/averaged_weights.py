@@ -1,4 +1,4 @@
-"""A running average of the weights, which is what is validated, kept and exported."""
+"""A running average of the weights: that average is validated, kept and exported."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 _SHARE_OF_START = 9
-"""Early on, the average covers about one part in so many of all updates, the latest ones, so that
-nothing is left of the random weights at the start."""
+"""Early on, the average covers only the latest updates, one in this many of all so far, so that
+nothing is left of the random initial weights."""
 
 
 class AveragedWeights(WeightAveraging):
-    """Lightning's weight averaging, exponential, with a start that forgets quickly.
+    """Lightning's exponential weight averaging, with a start that forgets quickly.
 
     Lightning's own `EMAWeightAveraging` begins with the first step's weights and needs several
-    times its horizon to forget them; a run of minutes has no such time. It would also keep the
+    times its horizon to forget them; a run of minutes is too short for that. It would also keep the
     average on the CPU, where the module is when it begins.
 
     Parameters
@@ -47,7 +47,7 @@ class AveragedWeights(WeightAveraging):
         super().setup(trainer, pl_module, stage)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Say whether the average is to be updated after this step."""
+        """Return whether to update the average after this step."""
         if step_idx is None or step_idx % self.every_n_steps:
             return False
         self._weight_of_new = weight_of_new(

@@ -27,15 +27,16 @@ from peaknet_predict.queues.roster import Standing
 log = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 5
-_LOOK_S = 1.0  # between looks for rank 0 while the queue is full
-_AFTER_FAILURE_S = 120.0  # how long the consumer may take to its end when the run has failed
+_LOOK_S = 1.0  # between checks of rank 0 while the queue is full
+_AFTER_FAILURE_S = 120.0  # how long the consumer may take to finish when the run has failed
 
 
 class CxiOutput(L.Callback):
     """Run the consumer of the `QueueWriter`'s queue in another process of the cluster.
 
-    If that process is killed it is started again, and goes on where the files end. It belongs to
-    rank 0; if that is lost, a rank that finds the queue full, or closes the run, starts another.
+    If that process is killed, it is started again and goes on where the files end. It belongs to
+    rank 0. If rank 0 is lost, a rank that finds the queue full, or closes the run, starts another
+    one.
 
     List it behind the `QueueWriter`, whose run ends when the files are complete.
 
@@ -104,9 +105,10 @@ class CxiOutput(L.Callback):
         Parameters
         ----------
         take_over
-            Whether this rank answers for all results, although rank 0 may have begun with them.
+            Whether this rank is responsible for all results, even if rank 0 has begun to write
+            them.
         failed
-            Whether the run has failed: the consumer is then not waited for without end.
+            Whether the run has failed; the wait for the consumer is then limited.
 
         Raises
         ------
@@ -132,8 +134,8 @@ class CxiOutput(L.Callback):
     def _start(self, writer: QueueWriter, again: bool = False) -> ClusterTask:
         """Start a consumer; ``again`` if an earlier one may have read the stream to its end."""
         if again:
-            # One that resumes wants its directory to be there, and the earlier one need not have
-            # come to make it.
+            # A consumer that resumes expects its directory to exist, but the earlier one may have
+            # died before it made it.
             Path(self.directory).mkdir(exist_ok=True)
         return run_in_cluster(
             write_cxi,
@@ -177,7 +179,7 @@ class CxiOutput(L.Callback):
                 self._start_again(error)
 
     def _consume_the_rest(self) -> None:
-        """Have all results brought into files although rank 0, whose consumer wrote them, is lost.
+        """Have all results written although rank 0, whose consumer wrote them, is lost.
 
         Its consumer may still be at work, and one started here may find nothing to do.
         """

@@ -22,9 +22,9 @@ class Delivery:
     ledger
         Counts them.
     dataset
-        Where the events come from, and what is refused goes back to; None where that is no queue.
+        Where the events come from, and where refused ones go back; None without a queue.
     accumulation_steps
-        Batches that are put together.
+        Batches that are put into the queue together.
     check
         Called while there is no room for results; raises if there never will be.
     """
@@ -58,21 +58,21 @@ class Delivery:
             self._collect()
 
     def push(self) -> None:
-        """Push what has been collected, although more could be put together."""
+        """Push what has been collected without waiting for more batches."""
         if self._results:
             self._outbox.put(self._results, self._check)
         self._results = []
         self._batches_accumulated = 0
 
     def drain(self) -> None:
-        """Wait for every batch and for the acceptance of its results."""
+        """Wait for every batch, and until its results have been accepted."""
         while self._pending:
             self._collect()
         self.push()
         self._outbox.close(self._check)
 
     def salvage(self) -> list[Exception]:
-        """Deliver what can still be delivered; return what went wrong with the rest."""
+        """Deliver what still can be; return what went wrong with the rest."""
         errors: list[Exception] = []
         while self._pending:
             try:

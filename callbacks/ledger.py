@@ -18,7 +18,7 @@ from peaknet_predict.types import Refusal, Result
 
 log = logging.getLogger(__name__)
 
-_REFUSALS_SHOWN = 20  # one line each; more are only counted, or a broken producer floods the log
+_REFUSALS_SHOWN = 20  # log lines; more are only counted, or a broken producer would flood the log
 _LATENCIES_KEPT = 10_000
 
 
@@ -38,7 +38,7 @@ class Ledger:
     path
         File of rank 0's record; the others write theirs beside it. None writes none.
     network
-        What the peaks depend on, for the record, see `Provenance.record`; None if nobody knows.
+        What the peaks depend on, for the record, see `Provenance.record`; None if unknown.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Ledger:
         self._network = network
         self.path = None if path is None else path_of_rank(path, rank)
         self._last_refusal: Refusal | None = None
-        # Appended to by one thread while another one takes percentiles of a copy.
+        # One thread appends to it while another takes percentiles of a copy.
         self._latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
 
     @property
@@ -103,7 +103,7 @@ class Ledger:
     def latency_ms(self, *percentiles: float) -> list[float]:
         """Return percentiles of the time from an event's put to its result's acceptance.
 
-        Of the latest events whose time of entry is known; NaN where there are none.
+        They cover the latest events whose time of entry is known; NaN if there are none.
         """
         latencies_s = list(self._latencies_s)
         if not latencies_s:
@@ -111,9 +111,9 @@ class Ledger:
         return [1000 * float(p) for p in np.percentile(latencies_s, percentiles)]
 
     def problem(self, world_size: int) -> str | None:
-        """Say, at the end of the loop, what does not add up; None if all does.
+        """Return, at the end of the loop, what does not add up; None if everything does.
 
-        On several ranks, one may have got nothing but bad events by chance.
+        With several ranks, one may get only bad events by chance.
         """
         if self._dataset is None:
             return None
@@ -154,7 +154,7 @@ class Ledger:
         )
 
     def write(self, problem: str | None, other_ranks: str | None) -> None:
-        """Write the record, as JSON; what a queue can no longer say is left out, with the reason.
+        """Write the record as JSON; a queue's lost counts are left out, with the reason.
 
         Parameters
         ----------

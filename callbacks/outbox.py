@@ -10,14 +10,14 @@ from queue import Queue as BoundedQueue
 from peaknet_predict.queues import Producer
 from peaknet_predict.types import Result
 
-_CHECK_S = 1.0  # how often a wait for room asks whether anybody still makes room
+_CHECK_S = 1.0  # how often a wait for room checks that somebody still makes room
 
 
 class Outbox:
     """A thread that puts results into the output queue while the caller goes on.
 
-    Putting a batch of images takes as long as copying them; the GPU must not wait for that. Two
-    batches may wait in the outbox, then the caller waits: that is the program's back-pressure.
+    Putting a batch of images takes as long as copying them; the GPU must not wait for that. When
+    two batches wait in the outbox, the caller waits: that is the program's back-pressure.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ class Outbox:
     name
         This process's name as its producer.
     accepted
-        Called with results that the output queue has accepted. If it raises, because the input
-        queue is gone, the results that follow are delivered all the same.
+        Called with results that the output queue has accepted. Even if it raises, because the input
+        queue is gone, later results are delivered.
 
     Attributes
     ----------
@@ -49,9 +49,9 @@ class Outbox:
         self._thread.start()
 
     def put(self, results: list[Result] | None, check: Callable[[], None]) -> None:
-        """Hand over results; raises what went wrong with earlier ones.
+        """Hand over results; raise what went wrong with earlier ones.
 
-        While there is no room, ``check`` is called now and then, to raise if there never will be.
+        While there is no room, ``check`` is called regularly; it raises if there never will be.
         """
         while self._error is None:
             try:
@@ -62,7 +62,7 @@ class Outbox:
         raise self._error
 
     def close(self, check: Callable[[], None]) -> None:
-        """Wait until everything handed over has been accepted; raises if it has not."""
+        """Wait until everything handed over has been accepted; raise if that fails."""
         if self._thread.is_alive():
             self.put(None, check)
         while self._thread.is_alive():

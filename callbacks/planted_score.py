@@ -48,14 +48,14 @@ class PlantedPeakCounts:
 
 
 class PlantedPeakScore(L.Callback):
-    """Compare the CXI files of a simulated run with the truth, and show recall and precision.
+    """Compare the CXI files of a simulated run with the truth, and log recall and precision.
 
     List it behind `CxiOutput`. It reads the files back, so it judges what a user gets.
 
     Parameters
     ----------
     min_snr
-        Planted peaks whose brightest pixel stands fewer sigmas above the background do not count
+        A planted peak whose brightest pixel stands fewer sigmas above the background does not count
         as missed.
     radius_px
         A listed and a planted peak match within this distance, in pixels.
@@ -76,7 +76,7 @@ class PlantedPeakScore(L.Callback):
         self.score = None
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the files back and show the score."""
+        """Read the files back and log the score."""
         if not trainer.is_global_zero:
             return
         datamodule = getattr(trainer, "datamodule", None)
@@ -106,10 +106,9 @@ class PlantedPeakScore(L.Callback):
 def score_files(
     paths: list[Path], simulator: Simulator, min_snr: float, radius_px: float
 ) -> PlantedPeakCounts:
-    """Compare CXI files with all that a simulator planted; parameters as in `PlantedPeakScore`.
+    """Compare CXI files with everything a simulator planted; parameters as in `PlantedPeakScore`.
 
-    Events that are in no file, because they were filtered, count with all their planted peaks as
-    missed.
+    All planted peaks of events that are in no file, because they were filtered, count as missed.
     """
     listed = {event.id.idx: event.peaks for path in paths for event in read_cxi(path)}
     score = PlantedPeakCounts()

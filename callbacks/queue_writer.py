@@ -36,7 +36,7 @@ _NEXT_STEP = "Look at the cluster (`ray status`), and start again with --data.in
 
 @dataclass
 class _Run:
-    """What belongs to one run."""
+    """The state of one run."""
 
     dataset: QueueDataset | None
     ledger: Ledger
@@ -54,12 +54,12 @@ class _Run:
 
     @property
     def stalled(self) -> bool:
-        """Whether this rank does not get on with what it holds."""
+        """Whether this rank makes no progress with what it holds."""
         return self.dataset is not None and self.dataset.stalled
 
     @property
     def out_of_time(self) -> bool:
-        """Whether it was asked to stop, and its grace is over."""
+        """Whether a stop was requested and the grace period is over."""
         return self.stop.out_of_time() or (
             self.dataset is not None and self.dataset.stop.out_of_time()
         )
@@ -148,7 +148,7 @@ class QueueWriter(BasePredictionWriter):
         self._run.sign_off.begin()
 
     def _connect_one_by_one(self, trainer: L.Trainer, run: str) -> tuple[Queue, Roster | None]:
-        """Connect rank 0 first, which makes what is missing; its failure is everybody's."""
+        """Connect rank 0 first, which makes missing queues; its failure fails all ranks."""
         connected, problem = None, None
         if trainer.is_global_zero:
             try:
@@ -170,7 +170,7 @@ class QueueWriter(BasePredictionWriter):
             address.namespace,
             trainer.world_size,
             trainer.global_rank,
-            address.lease_s,  # a rank that is silent for so long has lost what it held
+            address.lease_s,  # a rank that is silent for this long has lost what it held
             stalled=lambda: self._run is not None and self._run.stalled,
         )
         return queue, roster
@@ -191,14 +191,14 @@ class QueueWriter(BasePredictionWriter):
         try:
             delivery.add(prediction)
             if not batch.events and not batch.refused:
-                delivery.push()  # a reminder: a reader waits for what is here
+                delivery.push()  # a reminder: a reader waits for these results
             run.last_words.note(run.ledger.draft())
         except StopIteration as error:
             # Lightning takes a StopIteration for the end of the data and reports success.
             raise RuntimeError("a result could not be fetched") from error
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Push the rest, mark the end and strike the balance.
+        """Push the rest, mark the end, and draw up the balance.
 
         Raises
         ------
@@ -222,7 +222,7 @@ class QueueWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Deliver what is finished; readers learn that the stream is incomplete and why.
+        """Deliver what is finished; tell readers that the stream is incomplete, and why.
 
         After a second signal nothing more is delivered: what is not acknowledged goes back.
         """
@@ -256,7 +256,7 @@ class QueueWriter(BasePredictionWriter):
             ending = run.sign_off.end(problem, run.input_ended, at_once)
             run.ended = True
         finally:
-            # Also if a second signal ends it: then it is called again, at once.
+            # Even if a second signal interrupts it: then it is called again, at once.
             run.ledger.write(ending.problem, ending.other_ranks)
             run.last_words.done()
         return ending

@@ -42,7 +42,7 @@ class RateLog(L.Callback):
         """Show a line if it is time for one."""
         now = self._last_at = time.monotonic()
         if self._started is None:
-            # From the first result on: start-up and compilation are not the rate.
+            # Measured from the first result on: start-up and compilation do not count.
             self._started = self._shown_at = now
             self._first_events = self._shown_events = _ledger(trainer).predicted
         if now - self._shown_at >= self.interval_s:
@@ -55,7 +55,7 @@ class RateLog(L.Callback):
         if self._started is None:
             log.info("rank %d: no events", trainer.global_rank)
             return
-        # Up to the last batch: waiting for other ranks and for files is not the rate.
+        # Measured to the last batch: waiting for other ranks and for files does not count.
         seconds = max(self._last_at - self._started, 1e-9)
         self._show(trainer, (_ledger(trainer).predicted - self._first_events) / seconds)
 

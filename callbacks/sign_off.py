@@ -14,7 +14,7 @@ from peaknet_predict.queues.roster import Roll, Standing
 
 log = logging.getLogger(__name__)
 
-_GIVE_UP_S = 600.0  # how long a rank that is alive, but does not close the run, is waited for
+_GIVE_UP_S = 600.0  # how long to wait for a rank that is alive but does not close the run
 _NOTICE_S = 30.0
 _LOOK_S = 0.5
 
@@ -33,10 +33,10 @@ class Consumer(Protocol):
         """Raise if it has failed."""
 
     def finish(self, take_over: bool, failed: bool) -> None:
-        """Wait until it has brought to an end what it was sent; raise if it cannot.
+        """Wait until it has settled all results that it was sent; raise if it cannot.
 
-        With ``take_over``, this rank answers for all results, whoever was to take them. After a
-        run that has ``failed`` it is not waited for without end.
+        With ``take_over``, this rank is responsible for all results, even another rank's. After a
+        run that has ``failed``, the wait is limited.
         """
 
 
@@ -49,7 +49,7 @@ class Ending:
     problem
         What is wrong with this rank, or with what it closed.
     other_ranks
-        What is wrong with other ranks, as far as this one knows.
+        What is wrong with other ranks, as far as this rank knows.
     error
         What to raise; None if every event is accounted for and nobody was lost.
     """
@@ -62,11 +62,11 @@ class Ending:
 class SignOff:
     """Ends a run for one of its ranks, whether it has done its work or failed.
 
-    A rank closes its part of the results' stream. If it has seen the end of a leased input, nothing
-    is under way on any rank, so it closes the parts of all. Then it reports to the roster, and
-    stays until the run is closed. The lowest rank that is left closes it: it marks the end in a
-    queue that has only one for all, and sees to it that the run's own consumer has finished. A
-    rank that has failed leaves at once, unless no lower one is alive: rank 0 may host the cluster.
+    A rank closes its part of the stream of results. If it has seen the end of a leased input, no
+    rank has anything under way, so it closes all parts. Then it reports to the roster and stays
+    until the run is closed. The lowest rank that is left closes it: it marks the end in a queue
+    that has a single end for all producers, and waits for the run's own consumer. A rank that has
+    failed leaves at once, unless no lower one is alive: rank 0 may host the cluster.
 
     Parameters
     ----------
@@ -75,15 +75,15 @@ class SignOff:
     roster
         Where the ranks meet; None if there is only one.
     group
-        How the names of the producers of this run and of those that it takes the place of begin.
+        Prefix of the names of this run's producers, and of those of a run that it replaces.
     producer
         This rank's own name.
     rank, world_size
-        This rank's number, of how many.
+        This rank's number, and the number of ranks.
     num_consumers
-        How many readers of the output queue know only ``get``.
+        Readers of the output queue that know only ``get``.
     clock, sleep
-        Seconds that only go forward, and a pause.
+        A monotonic clock in seconds, and a function that pauses.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ class SignOff:
             self.consumer.check()
 
     def rank_zero(self) -> Standing:
-        """Say whether rank 0 is alive, lost or gone; it is lost if the roster is."""
+        """Return whether rank 0 is alive, lost or gone; without the roster it counts as lost."""
         if self._roster is None or self._rank == 0:
             return self._standing
         try:
@@ -136,7 +136,7 @@ class SignOff:
             return Standing.LOST
 
     def end(self, problem: str | None, input_ended: bool, at_once: bool = False) -> Ending:
-        """Leave the run in order, whatever has happened to this rank.
+        """Leave the run in an orderly way, whatever has happened to this rank.
 
         It may be called again, ``at_once``, where an earlier call was interrupted.
 
@@ -145,8 +145,8 @@ class SignOff:
         problem
             What went wrong with this rank.
         input_ended
-            Whether it has seen the end of an input that leases its events: then nothing is under
-            way any more, on any rank.
+            Whether it has seen the end of an input that leases its events: then no rank has
+            anything under way.
         at_once
             Whether to leave without waiting for anybody or anything.
         """
@@ -160,7 +160,8 @@ class SignOff:
             errors += _attempt(lambda: self._close_for_all(problem or others))
         if self.consumer is not None and not at_once:
             finish = self.consumer.finish
-            # Without news of the others, each answers for all: no result is written twice.
+            # Without news of the others, each rank is responsible for all; no result is written
+            # twice.
             take_over = closes or roll is None
             errors += _attempt(lambda: finish(take_over, failed=problem is not None))
         trouble = problem or _said(errors)
@@ -172,7 +173,7 @@ class SignOff:
         elif problem is not None or (others is not None and beyond_help):
             error = BalanceError(problem or others)
         elif others is not None:
-            # What the others left undone has come back and has been done.
+            # What the others left undone came back and has been done.
             error = SurvivedError(f"every event is accounted for, but {others}")
         for unraised in errors:
             log.error("at the end of the run: %s: %s", type(unraised).__name__, unraised)
@@ -181,7 +182,7 @@ class SignOff:
     def _close_part(self, problem: str | None, input_ended: bool) -> None:
         producer = self._results.producer
         if input_ended:
-            # All there is to push has been pushed, by whichever rank.
+            # Everything has been pushed, by one rank or another.
             producer.close_group(self._group, problem, self._num_consumers)
         else:
             producer.close(self._producer, problem, self._num_consumers)
@@ -190,7 +191,7 @@ class SignOff:
         self._results.producer.close(self._producer, failure, self._num_consumers)
 
     def _wait_for_turn(self, failure: str | None, final: bool, at_once: bool) -> Roll | None:
-        """Report, and stay until it is this rank's turn to close the run, or that has happened."""
+        """Report, and stay until the run is closed or it is this rank's turn to close it."""
         self._standing = Standing.DONE
         if self._roster is None:
             return None
@@ -220,7 +221,7 @@ class SignOff:
             given_up = None
             if closer is not None and now - chosen_at > _GIVE_UP_S:
                 chosen_at = now
-                # Its consumer may be waiting for disk space, which takes its time.
+                # Its consumer may be waiting for disk space, which can take long.
                 if not self._results_wait():
                     log.error("gave up waiting for rank %s to close the run", closer)
                     given_up = closer
@@ -237,7 +238,7 @@ class SignOff:
             return False
 
     def _other_ranks(self, roll: Roll | None) -> str | None:
-        """Say what is wrong with the other ranks."""
+        """Return what is wrong with the other ranks."""
         if roll is None:
             return None if self._roster is None else "the roster, where the ranks meet, is gone"
         failures = sorted((k, what) for k, what in roll.failures.items() if k != self._rank)
@@ -258,7 +259,7 @@ def _said(errors: list[Exception]) -> str | None:
 
 
 def _attempt(act: Callable[[], None]) -> list[Exception]:
-    """Return what went wrong: the rest of the end must not depend on it."""
+    """Return what went wrong instead of raising it: the rest must still happen."""
     try:
         act()
     except Exception as error:

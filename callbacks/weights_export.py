@@ -36,7 +36,7 @@ class WeightsExport(L.Callback):
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
-        """Export what the last validation found better: checkpoints are written after all hooks."""
+        """Export the previous validation's better weights: checkpoints come after all hooks."""
         self._export(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class WeightsExport(L.Callback):
         checkpoints = _keeper_of_the_best(trainer)
         assert checkpoints is not None
         best, score = checkpoints.best_model_path, checkpoints.best_model_score
-        # A better one may have the name of the one before.
+        # A better checkpoint may have the previous one's name.
         now = best, float("nan") if score is None else float(score)
         if best and now != self._exported and Path(best).is_file():
             export_weights(best, self.path)

@@ -1,4 +1,4 @@
-"""Acknowledgement of events in a prediction whose results go to no next stage."""
+"""Acknowledges events in a prediction whose results go to no next stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Handle(Protocol):
     """What `predict_step` returns: results that may not be there yet."""
 
     def done(self) -> bool:
-        """Whether `result` will not wait."""
+        """Whether `result` returns without waiting."""
 
     def result(self) -> PeakBatch:
         """Return what became of a batch's events."""

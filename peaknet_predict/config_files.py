@@ -1,7 +1,7 @@
-"""Configurations looked at before they are parsed: no key may stand twice.
+"""Configurations are checked before they are parsed: no key may appear twice.
 
-YAML parsers take the last of several equal keys and drop the others without a word. Somebody who
-sets ``batch_size`` at the top of a long block would not see why it has no effect.
+YAML parsers take the last of several equal keys and silently drop the others. A user who sets
+``batch_size`` at the top of a long block would not see why it has no effect.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 
 
 class ConfigurationError(ValueError):
-    """A command line or configuration that says something and cannot mean it."""
+    """A command line or configuration that contradicts itself."""
 
 
 def refuse_duplicate_keys(words: Sequence[str]) -> None:
@@ -22,14 +22,14 @@ def refuse_duplicate_keys(words: Sequence[str]) -> None:
     Parameters
     ----------
     words
-        The words of a command line. Looked at are the files of YAML or JSON that they name, as
-        ``-c FILE`` or as the value of another option, and mappings written out.
+        The words of a command line. Checked are the YAML and JSON files that they name, as ``-c
+        FILE`` or as the value of another option, and mappings written out.
 
     Raises
     ------
     ConfigurationError
-        If a key stands twice in a mapping; names file, key and lines. What is no YAML at all is
-        left to the parser.
+        If a key appears twice in a mapping; names file, key and lines. Invalid YAML is left to the
+        parser.
     """
     for word in words:
         value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
@@ -52,7 +52,7 @@ def refuse_duplicate_keys(words: Sequence[str]) -> None:
 
 
 def _duplicates(node: yaml.Node | None) -> Iterator[tuple[str, int, int]]:
-    """Give keys that stand twice in a mapping, each with its lines, from 1."""
+    """Yield keys that appear twice in a mapping, each with its lines, from 1."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _duplicates(item)

@@ -30,7 +30,7 @@ from peaknet_predict.types import Event, EventId, Refusal, Result
 log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
-_EVENTS_PER_GET = 16  # bounds what is taken from the queue beyond what the writer holds
+_EVENTS_PER_GET = 16  # limits what is taken from the queue beyond what the writer holds
 _RETRY_S = 5.0
 _NEXT_STEP = (
     "Look at the cluster (`ray status`), and start again with --resume true: the balance then "
@@ -53,10 +53,10 @@ def write_cxi(
     """Write results from an output queue to CXI files until the stream ends.
 
     A result is acknowledged once its file is on disk under its name. While files cannot be written
-    (disk full, directory gone) nothing more is taken from the queue, and writing is tried again
-    every few seconds. Ctrl-C and SIGTERM end it after what was taken has been written; what cannot
-    be within the grace goes back into the queue. Started again, it knows from the finished files
-    what it has.
+    (disk full, directory gone), it takes nothing more from the queue and tries again every few
+    seconds. After Ctrl-C or SIGTERM it writes what it has taken and ends; what it cannot write
+    within the grace period goes back into the queue. Started again, it knows from the finished
+    files which events it has.
 
     Parameters
     ----------
@@ -73,13 +73,13 @@ def write_cxi(
     min_peaks
         Events with fewer peaks are counted and left out.
     max_peaks
-        Peaks listed per event; of more, the strongest are kept and the event is marked.
+        Most peaks listed per event; the strongest are kept, and an event with more is marked.
     compression
         Of the pixels.
     resume
-        Take the place of a `write-cxi` that died: the directory must be there, because one that
-        is missing (a file system not mounted) is no empty one to begin anew in; and a stream that
-        others have read to its end meanwhile is the end, instead of the next one being waited for.
+        Replace a `write-cxi` that died. The directory must exist: a missing one (a file system that
+        is not mounted) is not an empty one to start over in. If others have read the stream to its
+        end meanwhile, end too, instead of waiting for the next stream.
     grace_s
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
@@ -110,7 +110,7 @@ def write_cxi(
     )
 
     def note() -> None:
-        # The lists of files grow, and are in the directory.
+        # The lists of files grow, and are in the same directory.
         counts = replace(report, cxi=replace(report.cxi, files=[]), run_files=[])
         stages = {"output": {"promise": results.admin.promise}, "files": asdict(counts)}
         last_words.note({"run": run, "stages": stages, "writers": {}})
@@ -148,15 +148,15 @@ def drain(
     reader
         Of the queue.
     writer
-        Of the files; closed in the end, unless they cannot be written.
+        Writes the files; closed at the end unless they cannot be written.
     grace_s
-        How long it may take to its end after Ctrl-C or SIGTERM. A second one ends it at once.
+        How long it may take to end after Ctrl-C or SIGTERM. A second signal ends it at once.
     group
         The consumer group, if the reader has joined the stream already.
     report
-        Where to count, for a caller that wants to know even if this raises.
+        Where to count, for a caller that wants the counts even if this raises.
     note
-        Called now and then, when something has been counted.
+        Called from time to time when something has been counted.
     """
     report = report or ConsumeReport(cxi=writer.statistics)
     report.interrupted = True  # until the end has been seen
@@ -186,7 +186,7 @@ def drain(
             cut_off, ended = True, False
         report.given_back = reader.release()
     if cut_off:
-        report.taken += max(0, -report.unaccounted)  # leased, and not counted any more
+        report.taken += max(0, -report.unaccounted)  # leased, and no longer counted
     report.failures = reader.failures
     report.interrupted = not ended
     return report
@@ -212,7 +212,7 @@ class _Storage:
         self._stop = stop
 
     def write(self, item: Event | Result | Refusal) -> None:
-        """Write one result, or refuse what is none."""
+        """Write one result, or refuse an item that is not one."""
         if isinstance(item, Event):
             item = Refusal(item.id, "an event stands in a queue of results")
         if isinstance(item, Refusal):
@@ -237,12 +237,12 @@ class _Storage:
                         self._reader.ack(settled)
                 return
             except CxiWriteError as error:
-                # Before the try that would come too late.
+                # Stop before the attempt that would come too late.
                 if self._stop.out_of_time(_RETRY_S):
                     raise
                 log.error("%s; trying again in %.0f s", error, _RETRY_S)
                 self._reader.touch()
-                # Once it is set, waiting for the request would not wait at all.
+                # Once the request is set, waiting for it would not wait at all.
                 pause = time.sleep if self._stop.is_set() else self._stop.wait
                 pause(_RETRY_S)
 

@@ -39,15 +39,15 @@ class QueueDataModule(L.LightningDataModule):
         The Ray cluster: ``local`` starts an embedded one on this machine, ``auto`` joins the one
         that runs here or that RAY_ADDRESS names, ``host:port`` joins that one.
     source
-        Where events come from if this run is to feed its own queue, as the demo does. By default
-        other processes feed it.
+        Where events come from if this run feeds its own queue, as the demo does. By default other
+        processes feed it.
     source_rate_hz
         Events per second from ``source``; as fast as possible by default.
     max_event_bytes, grace_s
         As for `QueueDataset`.
     resume
-        Take the place of a run that died: if the stream has been read to its end meanwhile, end,
-        instead of waiting for the next one.
+        Replace a run that died: if the stream has been read to its end meanwhile, end, instead of
+        waiting for the next one.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class QueueDataModule(L.LightningDataModule):
                 "address 'local' embeds Ray in this process, out of reach of other nodes; start a "
                 "cluster (`ray start`) and use 'auto' or host:port"
             )
-        # Rank 0 first: with 'local' it starts the cluster that the others join. What goes wrong
-        # there is told to all, or they would wait for the broadcast.
+        # Rank 0 first: with 'local' it starts the cluster that the others join. Its failure is
+        # broadcast, because the others would wait for the broadcast.
         cluster, problem = "", None
         if self.trainer.is_global_zero:
             try:
@@ -117,7 +117,7 @@ class QueueDataModule(L.LightningDataModule):
         )
         self._acknowledge(self.trainer, self.dataset)
         if self.source is not None and self.trainer.is_global_zero:
-            # Its working directory is its own, and the record of this run says what was fed.
+            # It has its own working directory, and this run's record says what was fed.
             self._feeder = run_in_cluster(
                 feed,
                 self.source,
@@ -128,18 +128,18 @@ class QueueDataModule(L.LightningDataModule):
             )
 
     def _acknowledge(self, trainer: L.Trainer, dataset: QueueDataset) -> None:
-        """See to it that events are acknowledged, also where no `QueueWriter` does."""
+        """Make sure that events are acknowledged even without a `QueueWriter`."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        # Its hooks come last: a callback of the user's finds the results as they are.
+        # Its hooks come last: a user's callback finds the results unchanged.
         callbacks[:] = [one for one in callbacks if not isinstance(one, Acknowledger)]
         callbacks.append(Acknowledger(dataset))
 
     def predict_dataloader(self) -> DataLoader[EventBatch]:
-        """Return a loader that hands on the finished batches of the dataset."""
+        """Return a loader that passes on the dataset's finished batches."""
         assert self.dataset is not None
         return DataLoader(self.dataset, batch_size=None)
 
     def _check_feeder(self) -> None:
-        """Raise what the producer raised: an empty queue would otherwise be waited on for ever."""
+        """Raise what the producer raised; the run would wait for ever at an empty queue."""
         if self._feeder is not None and self._feeder.done():
             self._feeder.result()

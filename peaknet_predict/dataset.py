@@ -14,10 +14,10 @@ from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import Queue
 from peaknet_predict.types import EventBatch, EventId, Refusal
 
-_WAIT_S = 1.0  # longest wait for an event before the producer's health is looked at
-_REMIND_S = 0.05  # pause between two reminders that what is under way is waited for
-_STALL_S = 600.0  # a caller that has not come back for so long hangs
-_ABANDON_S = 3.0  # longest wait for a call in the queue when what is held is given back
+_WAIT_S = 1.0  # longest wait for an event before the producer's health is checked
+_REMIND_S = 0.05  # pause between two reminders that results are waited for
+_STALL_S = 600.0  # a caller that has not come back for this long hangs
+_ABANDON_S = 3.0  # longest wait for a call to the queue when leases are given back
 _BEHIND_S = 0.002  # shortest wait, for a batch that is due while the caller is busy
 _BATCHES_AHEAD = 2  # batches made before the caller asks for them
 
@@ -25,16 +25,16 @@ _BATCHES_AHEAD = 2  # batches made before the caller asks for them
 class QueueDataset(IterableDataset[EventBatch]):
     """Finished batches from a queue of events.
 
-    A thread of its own takes events and copies their pixels, once, from Ray's shared memory into
-    the batch, while the caller works on earlier batches.
+    A thread takes events and copies their pixels, once, from Ray's shared memory into the batch,
+    while the caller works on earlier batches.
 
-    Events of one shape and dtype share a batch; where either changes, the batch so far goes out
+    Events of one shape and dtype share a batch; when either changes, the batch so far goes out
     short and a new one begins. Items that cannot be processed are refused one by one, with a
     reason, and travel with the batch to where results are counted.
 
-    Events are leased: whoever brings a result to the next stage says so with `ack`, and with
-    `reject` that an event cannot be processed. While there is nothing to take, but results are
-    outstanding, a batch without events comes out now and then: a reminder to fetch them.
+    Events are leased: the code that brings results to the next stage calls `ack`, and `reject` for
+    events that cannot be processed. While there is nothing to take, but results are outstanding, a
+    batch without events comes out now and then: a reminder to fetch them.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class QueueDataset(IterableDataset[EventBatch]):
     max_event_bytes
         Larger images are refused.
     grace_s
-        How long the run may take to its end after Ctrl-C or SIGTERM.
+        How long the run may take to end after Ctrl-C or SIGTERM.
 
     Attributes
     ----------
@@ -67,11 +67,11 @@ class QueueDataset(IterableDataset[EventBatch]):
     received
         Items taken from the queue so far.
     ended
-        Whether the queue has said that the stream has ended.
+        Whether the queue has reported the end of the stream.
     stop
         Set by Ctrl-C and SIGTERM; says how much time is left.
     interrupted
-        Whether Ctrl-C or SIGTERM asked to take no more events; what had been taken came out.
+        Whether Ctrl-C or SIGTERM asked to take no more events; those taken before still came out.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class QueueDataset(IterableDataset[EventBatch]):
                 self._abandon(None)
 
     def _ingest(self) -> None:
-        """Fill batches until the end; hand on whatever goes wrong to the caller."""
+        """Fill batches until the end; pass any error on to the caller."""
         try:
             for batch in self._batches():
                 self._ready.put(batch)
@@ -134,7 +134,7 @@ class QueueDataset(IterableDataset[EventBatch]):
                     return
             self._ready.put(None)
         except BaseException as error:
-            # Whatever it is, the caller waits for it and nobody else will see it.
+            # The caller waits for this, and nobody else will see the error.
             self._ready.put(error)
 
     def _batches(self) -> Iterator[EventBatch]:
@@ -144,7 +144,7 @@ class QueueDataset(IterableDataset[EventBatch]):
                 self.interrupted = True
                 break
             if self.stalled:
-                time.sleep(_WAIT_S)  # asking for more would be a sign of work
+                time.sleep(_WAIT_S)  # asking for more would look like work
                 continue
             due_in_s = self._due_in_s()
             if due_in_s <= 0 and self._ready.empty():
@@ -157,7 +157,7 @@ class QueueDataset(IterableDataset[EventBatch]):
             if taken:
                 self._active_at = time.monotonic()
             yield from batcher.add(taken)
-            # With flush, nothing more comes before these have become results.
+            # With flush, nothing more comes until these have become results.
             if batcher.is_full or (self._queue.reader.flush_wanted and not batcher.is_empty):
                 yield batcher.take()
             elif not taken and not self.ended:
@@ -169,7 +169,7 @@ class QueueDataset(IterableDataset[EventBatch]):
             yield batcher.take()
 
     def _should_remind(self) -> bool:
-        """Whether somebody waits for results that the caller may have and not fetched."""
+        """Whether the queue waits for results that the caller may not have fetched yet."""
         if not self._queue.reader.unsettled or not self._ready.empty():
             return False
         if self._queue.reader.flush_wanted:
@@ -187,7 +187,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         return oldest_at + self._max_latency_s - time.monotonic()
 
     def ack(self, ids: Iterable[EventId]) -> None:
-        """Say that the next stage has the results of these events."""
+        """Acknowledge events whose results the next stage has."""
         self._queue.reader.ack(ids)
 
     def reject(self, refusals: Sequence[Refusal]) -> None:
@@ -204,21 +204,21 @@ class QueueDataset(IterableDataset[EventBatch]):
         return self._queue.reader.release(failure)
 
     def _abandon(self, timeout_s: float | None) -> None:
-        """End the thread that takes events; what it took last is held all the same."""
+        """End the thread that takes events; what it took last is still held."""
         self._abandoned.set()
         self._permits.release()
         if self._ingesting is not None:
             self._ingesting.join(timeout_s)
 
     def touch(self) -> None:
-        """Note that the run is alive, though it waits."""
+        """Note that the run is alive although it waits."""
         if self._worked_at is not None:
             self._worked_at = time.monotonic()
         self._queue.reader.touch()
 
     @property
     def stalled(self) -> bool:
-        """Whether the caller hangs: it has had a batch for ten minutes and given no sign since.
+        """Whether the caller hangs: it took a batch ten minutes ago and has given no sign since.
 
         Nothing more is taken then, so that what is held goes to other readers.
         """
@@ -235,7 +235,7 @@ class QueueDataset(IterableDataset[EventBatch]):
         return self._queue.admin.size()
 
     def problem(self) -> str | None:
-        """Say why, at the end of the loop, the stream has not been read whole; None if it has."""
+        """Return, at the end of the loop, why the stream was not read whole; None if it was."""
         if self.interrupted:
             return f"interrupted; {self.size()} events are left in the input queue"
         if not self.ended:

@@ -31,7 +31,7 @@ _NEXT_STEP = (
 )
 
 EVENTS_PER_PUT = 8
-"""At most so many travel together: enough to hide a call, few enough to start the reader early."""
+"""Most events per put: enough to hide a call, few enough to start the reader early."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def feed(
     producers
         How many producers make the stream together: it ends when all of them have finished.
     stream
-        A name for this stream, unlike any other's. Started again with the name, a producer that was
-        killed goes on behind the last event that the queue has accepted. By default a new name.
+        A unique name for this stream. Started again with that name, a producer that was killed goes
+        on after the last event that the queue has accepted. By default a new name.
     grace_s
-        How long it may take to its end after Ctrl-C or SIGTERM.
+        How long it may take to end after Ctrl-C or SIGTERM.
     balance
         File for the record of the run: what was fed, and what the queue says of its events. Ranks
         above 0 add their number to the name. None writes none.
@@ -186,7 +186,7 @@ def push(
                 put_s = time.monotonic() - began
                 if last_words is not None:
                     last_words.note(record())
-            # A signal that comes with the last event has interrupted nothing.
+            # A signal that comes with the last event interrupts nothing.
             failure = "interrupted" if fed < read else None
         except BaseException as error:
             failure = f"{type(error).__name__}: {error}"
@@ -222,7 +222,7 @@ def _counts(
 def _write_balance(
     path: Path, queue: Queue, counts: Mapping[str, Any], problem: str | None
 ) -> None:
-    """Write the record of this producer's run, as JSON; also if the queue is gone."""
+    """Write the record of this producer's run as JSON, even if the queue is gone."""
     try:
         there = queue_balance(queue.admin)
     except QueueError as error:
@@ -236,7 +236,7 @@ def _write_balance(
 def _identified(
     source: EventSource, stream: str, rank: int, num_events: int | None, loop: bool, first: int
 ) -> Iterator[Event]:
-    """Give the source's events their numbers: from 0, on through every pass of a loop."""
+    """Yield the source's events, numbered from 0 on through every pass of a loop."""
     length = len(source)
     endless = loop and length > 0
     done, begin = divmod(first, length) if endless else (0, min(first, length))
@@ -248,7 +248,7 @@ def _identified(
 
 
 def is_due(started: float, number: int, rate_hz: float | None) -> bool:
-    """Say whether it is time for an event.
+    """Return whether it is time for an event.
 
     Parameters
     ----------
@@ -263,9 +263,9 @@ def is_due(started: float, number: int, rate_hz: float | None) -> bool:
 
 
 class _PutBatches:
-    """Groups events that travel in one put.
+    """Groups events for one put each.
 
-    A failure of the source is raised once what was read before it has gone out.
+    A failure of the source is raised after the events read before it have gone out.
     """
 
     def __init__(self, events: Iterator[Event], started: float, rate_hz: float | None) -> None:

@@ -38,8 +38,8 @@ class ForwardPass:
     comes, a warning says why, and the next one takes its place for the rest of the run. All of them
     give the same peaks.
 
-    Not a module: what it makes from the network appears in no checkpoint, and Lightning does not
-    round it to the Trainer's precision.
+    It is not an `nn.Module`: what it makes from the network appears in no checkpoint, and Lightning
+    does not round it to the Trainer's precision.
 
     Parameters
     ----------
@@ -72,14 +72,14 @@ class ForwardPass:
         self._failure: str | None = None
         self._shapes_seen: set[tuple[int, ...]] = set()
         self._device = torch.device("cpu")
-        # Functions, not modules: a module held twice would be saved under two names.
+        # Functions, not modules: a module held twice would be saved twice.
         self._prepare: Callable[[Tensor, Tensor], Prepared] = preprocess.transform
         self.network: Callable[..., Tensor] = net.forward
         self.stride: Literal[1, 4] = 1
         self.mode: Literal["fast", "compiled", "eager"] = "eager"
 
     def why(self) -> str:
-        """Say why the network runs in no faster way."""
+        """Return why the network does not run in a faster way."""
         if self.mode == "fast":
             return "it is the fastest"
         not_compiled = f"; not compiled: {self._not_compiled}" if self._not_compiled else ""
@@ -93,7 +93,7 @@ class ForwardPass:
     def prepare(self, device: torch.device, precision: str) -> None:
         """Make the fast PeakNet from the parameters as they are now, if it will run on a device.
 
-        To be called while they are float32: they are multiplied together before they are rounded.
+        Call it while they are float32: they are multiplied together before they are rounded.
         """
         if self._obstacle(device, precision) is not None:
             return
@@ -121,7 +121,7 @@ class ForwardPass:
             except Exception as error:
                 self._give_up_fast(error)
             else:
-                # Again, because a checkpoint may have changed the parameters since.
+                # Made again, because a checkpoint may have changed the parameters since.
                 self.prepare(device, precision)
                 assert self._fast_net is not None
                 self._fast_net.to(device).eval()
@@ -137,7 +137,7 @@ class ForwardPass:
         self._choose(coarse=False)
 
     def has_seen(self, shape_BPHW: tuple[int, ...]) -> bool:
-        """Whether batches of a shape have gone through in the way that runs now."""
+        """Whether batches of a shape have already run in the present mode."""
         return shape_BPHW in self._shapes_seen
 
     def __call__(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
@@ -165,7 +165,8 @@ class ForwardPass:
 
     def _run(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None) -> NetworkOutput:
         with stage("preprocess"):
-            # Outside of what is compiled, or every dtype of raw counts would be compiled anew.
+            # Outside the compiled part, which would be compiled again for every dtype of raw
+            # counts.
             images_BPHW, valid_BPHW = self._preprocess.widen(counts_BPHW, bad_bits_BK)
             prepared = self._prepare(images_BPHW, valid_BPHW)
         with stage("network"):
@@ -179,7 +180,7 @@ class ForwardPass:
             return NetworkOutput(self.network(images_N1HW, **valid), self.stride, prepared)
 
     def _choose(self, coarse: bool = True) -> None:
-        """Set the functions that run, after what is wanted and what has not failed."""
+        """Set the functions that run: the fastest wanted ones that have not failed."""
         is_fast = self._not_fast is None
         net = self._fast_net if is_fast and self._fast_net is not None else self._net
         compile = self._not_compiled is None
@@ -196,7 +197,7 @@ class ForwardPass:
             self.network = torch.compile(self.network, dynamic=False)
 
     def _obstacle(self, device: torch.device, precision: str) -> str | None:
-        """Say why the fast PeakNet is not to run; None if nothing is known to stop it."""
+        """Return why the fast PeakNet cannot run; None if nothing is known against it."""
         if not self._wants_fast:
             return "the fast one is switched off (fast: false)"
         reason = support.obstacle(self._net, device, precision)
@@ -205,7 +206,7 @@ class ForwardPass:
         return reason
 
     def _give_up_fast(self, error: Exception) -> None:
-        """Leave it to the plain network from now on, because the kernels do not run."""
+        """Use the plain network from now on, because the kernels do not run."""
         self._failure = f"{type(error).__name__}: {_first_line(error)}"
         self._not_fast = f"the fast one failed before ({self._failure})"
         self._fast_net = None
@@ -219,7 +220,7 @@ class ForwardPass:
         )
 
     def _give_up_compiling(self, error: Exception) -> None:
-        """Do without compilation where it fails: slower, with the same answer."""
+        """Go on without compilation where it fails: slower, with the same peaks."""
         if self._not_compiled is not None:
             raise error
         self._not_compiled = f"{type(error).__name__}: {_first_line(error)}"

@@ -12,12 +12,12 @@ from peaknet_predict.types import EventId
 class KeySet:
     """A set of event identities, kept as intervals of ``idx`` for each (stream, rank).
 
-    Producers count, so that millions of events are a handful of intervals; only gaps cost memory.
+    Producers count, so millions of events are a handful of intervals; only gaps cost memory.
     """
 
     def __init__(self, keys: Iterable[EventId] = ()) -> None:
-        # Of each (stream, rank), the sorted bounds [begin, end, begin, end, ...]: idx is in the set
-        # if an odd number of bounds lies at or below it.
+        # For each (stream, rank), the sorted bounds [begin, end, begin, end, ...]: idx is in the
+        # set if an odd number of bounds lies at or below it.
         self._bounds: dict[tuple[str, int], list[int]] = {}
         for key in keys:
             self.add(key)
@@ -37,7 +37,7 @@ class KeySet:
     def add(self, key: EventId) -> bool:
         """Add a key; False if it was there already."""
         bounds = self._bounds.setdefault((key.stream, key.rank), [])
-        idx = int(key.idx)  # a NumPy integer overflows, and is no JSON
+        idx = int(key.idx)  # a NumPy integer overflows, and JSON does not take it
         at = bisect_right(bounds, idx)
         if at % 2 == 1:
             return False

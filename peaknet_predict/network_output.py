@@ -1,4 +1,4 @@
-"""What a network returns: whether peaks can be found in it, and at which operating point.
+"""What a network returns: whether peaks can be found in it, and the operating point.
 
 Shape legend: N panels of a batch, C classes, H rows, W columns.
 """
@@ -85,7 +85,7 @@ class NetworkOutput(NamedTuple):
         network
             Its name, for the message.
         """
-        found: Any = self.logits_NCHW  # a network may return anything
+        found: Any = self.logits_NCHW  # a network may return anything at all
         panels, _, height, width = self.prepared.images_N1HW.shape
         size = (height // self.stride, width // self.stride)
         shape = tuple(found.shape) if isinstance(found, Tensor) else ()

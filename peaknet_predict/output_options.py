@@ -1,7 +1,7 @@
 """Options of ``predict`` for where results go: ``--output.queue.name``, ``--output.directory``, ...
 
-They are values of callbacks. Callbacks are a list in a configuration, and options reach into
-mappings only, so these values have options of their own, which win over what the list says.
+They are values of callbacks. In a configuration, callbacks are a list, and options reach only into
+mappings. So these values have separate options, which override the list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pixels measured nothing: how that is written in the pixels, and how it travels.
+"""Bad pixels: how pixel values mark them, and how masks travel.
 
 Dead pixels and gaps carry a value that no pixel counts to: the largest one of an unsigned dtype
 (DECTRIS), either end of a signed one. Other programs leave NaN, or give a mask of their own. Masks
@@ -19,8 +19,8 @@ Bits = npt.NDArray[np.uint8]
 """(ceil(P*H*W / 8),) uint8: a mask as `pack_mask` makes it."""
 
 FLOAT_LIMIT = 2.0**31
-"""Floating-point counts at or beyond this size, of either sign, are no measurement. It covers the
-ends of 32-bit integers, which calibration often widens to float32 (2**32 - 1 becomes 2**32)."""
+"""Floating-point counts of at least this magnitude are no measurement. It covers the ends of 32-bit
+integers, which calibration often widens to float32 (2**32 - 1 becomes 2**32)."""
 
 FLOAT_SENTINELS = (65535.0, -32768.0)
 """The marks of 16-bit integers, widened to floating point. Calibrated counts hardly ever have
@@ -61,7 +61,7 @@ def find_bad_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 
 MAX_BAD = 0.5
-"""Share of bad pixels beyond which a mask more probably has 1 for good pixels."""
+"""Fraction of bad pixels beyond which a mask probably uses 1 for good pixels."""
 
 
 def find_masked(
@@ -91,9 +91,9 @@ def unpack_mask(bits: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
 
 
 def split_masked(image: Any) -> tuple[Any, Bits | None]:
-    """Take a masked array apart: its pixels, as they are under the mask, and the mask as bits.
+    """Split a masked array into its pixels, as they are under the mask, and the mask as bits.
 
-    Anything else comes back as it is, with None; so does a masked array of which nothing is masked.
+    Anything else comes back as it is, with None; so does a masked array without masked pixels.
     """
     if not isinstance(image, np.ma.MaskedArray):
         return image, None

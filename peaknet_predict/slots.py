@@ -72,7 +72,7 @@ class Slot(Protocol):
 
 
 class CpuSlot:
-    """A batch on the CPU, which has computed everything by the time it is asked for peaks."""
+    """A batch on the CPU, where everything has been computed by the time peaks are fetched."""
 
     def __init__(self) -> None:
         self._is_peak_NHW = torch.zeros(0, 0, 0, dtype=torch.bool)
@@ -80,7 +80,7 @@ class CpuSlot:
         self._bad_bits_BK = torch.zeros(0, 0, dtype=torch.uint8)
 
     def upload(self, batch: EventBatch) -> tuple[Tensor, Tensor | None]:
-        """Return pixels and bits: they are where they are needed."""
+        """Return pixels and bits as they are: they are on the device already."""
         return batch.images_BPHW, _declared_bits(batch)
 
     def find(self, output: NetworkOutput, joined_NHW: Tensor | None = None) -> None:
@@ -105,7 +105,7 @@ _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
 class GpuSlot:
     """Memory of one batch on one GPU: its pixels there, its peaks' table, its events.
 
-    The caller uses it again only when the batch before has been fetched with `result`.
+    The caller may use it again once the previous batch has been fetched with `result`.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ origin, pixel centres on integers."""
 
 
 ANYONE = "*"
-"""Stands for every process where it is not known which one had an event."""
+"""Stands for any process, where it is not known which one had an event."""
 
 
 class EventId(NamedTuple):

@@ -32,7 +32,7 @@ class SurvivedError(RuntimeError):
 def exit_code_of_ranks(codes: Sequence[int]) -> int:
     """Return the exit code of a run from those of its ranks; below 0 are signals.
 
-    A rank that says that every event is accounted for knows it of all of them.
+    A rank that reports that every event is accounted for knows that for all ranks.
     """
     if not any(codes):
         return 0
@@ -67,8 +67,8 @@ def write_balance(path: str | Path, balance: Mapping[str, Any], keep_earlier: bo
     balance
         Numbers, texts, lists and mappings; dataclasses are taken apart and paths become texts.
     keep_earlier
-        Whether a record that is there, an earlier run's, stays under a name with its time in it,
-        such as ``predict_balance_20261128T100336.json``.
+        Whether an earlier run's record is kept under a name with its time in it, such as
+        ``predict_balance_20261128T100336.json``.
     """
     path = expanded(path)
     text = json.dumps(balance, indent=2, default=_plain) + "\n"

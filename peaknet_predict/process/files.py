@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, whatever dies while they are written."""
+"""Files that are complete or absent, whatever dies while they are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 
 class FileSystem(Protocol):
-    """What is used of the module `os`, so that tests can put a simulated disk in its place."""
+    """The functions of `os` that are used, so that tests can simulate a disk."""
 
     def open(self, path: str, flags: int, mode: int = 0o777) -> int:
         """Return a new file descriptor."""
@@ -39,19 +39,19 @@ class FileSystem(Protocol):
         """Set a file's length."""
 
     def fdatasync(self, fd: int, /) -> None:
-        """As `fsync`, without what reading the file does not need, such as its times."""
+        """Like `fsync`, without metadata that reading does not need, such as times."""
 
     def fsync(self, fd: int, /) -> None:
         """Return once a file, or the names in a directory, would survive a power cut."""
 
     def replace(self, src: str, dst: str) -> None:
-        """Rename a file; one of the new name goes."""
+        """Rename a file; it replaces one of the new name."""
 
     def link(self, src: str, dst: str) -> None:
-        """Give a file a second name; fails if there is one of that name."""
+        """Give a file a second name; fail if that name exists."""
 
     def unlink(self, path: str) -> None:
-        """Take a name away."""
+        """Remove a name."""
 
     def listdir(self, path: str) -> list[str]:
         """Return the names in a directory."""
@@ -67,16 +67,16 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` put in, as a shell does it.
+    """Expand ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` in a path, as a shell does.
 
-    Every path that a user names goes through this, in the process that was given it: the value of a
-    configuration or of a quoted option has not been through a shell.
+    Every path that a user names is expanded, in the process that was given it: values of a
+    configuration and quoted options have not been through a shell.
 
     Raises
     ------
     ValueError
-        If a variable is not set, or there is no such user. Taken literally, the path would make
-        directories of these names.
+        If a variable is not set, or there is no such user. Otherwise directories with such names
+        would be made.
     """
     text = os.fspath(path)
     whole = os.path.expandvars(os.path.expanduser(text))
@@ -96,7 +96,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def write_whole(
     path: str | Path, data: bytes | memoryview, private: bool = False, fs: FileSystem = os
 ) -> None:
-    """Write a file so that, at any moment, its name stands for all of it or for what it was before.
+    """Write a file so that its name always stands for all of it, or for the previous file.
 
     When this returns, the file survives a power cut.
 
@@ -114,8 +114,8 @@ def write_whole(
     Raises
     ------
     OSError
-        If that is not possible. Nothing is left but what was there before, unless the directory
-        could not be synced after the file had got its name.
+        If that is not possible. The previous file is then still there, unless only the sync of the
+        directory failed.
     """
     path = Path(path)
     temporary = str(path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"))
@@ -136,7 +136,7 @@ def write_whole(
 
 
 def write_all(file: int, data: bytes | memoryview, fs: FileSystem = os) -> None:
-    """Write all of the data to an open file: one write may stop short of the end."""
+    """Write all of the data to an open file; a single write may be incomplete."""
     view = memoryview(data)
     while len(view):
         view = view[fs.write(file, view) :]
@@ -162,7 +162,7 @@ def read_all(path: str | Path, fs: FileSystem = os) -> bytes:
 
 
 def make_private_directory(directory: Path, fs: FileSystem = os) -> None:
-    """Make a directory, and those above it, where they are missing; its owner alone may enter."""
+    """Make a directory, and missing ones above it; only its owner may enter."""
     missing = []
     path = directory
     while not _exists(path, fs):
@@ -171,13 +171,13 @@ def make_private_directory(directory: Path, fs: FileSystem = os) -> None:
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path), 0o700 if path == directory else 0o777)
-    # Those that are there, too: whoever made them may have died before their names were on disk.
+    # Existing ones too: their maker may have died before their names were on disk.
     for path in (directory, *directory.parents):
         sync_name(path, fs)
 
 
 def sync_name(path: Path, fs: FileSystem = os) -> None:
-    """Make a file's name survive a power cut, if the directory above it may be read at all."""
+    """Make a file's name survive a power cut, if its directory may be read."""
     with contextlib.suppress(PermissionError):
         sync_directory(path.parent, fs)
 

@@ -1,8 +1,8 @@
-"""The end of a process that cannot speak for itself any more: a sentence, and its record.
+"""A sentence and a record for a process that can no longer write them itself.
 
-Ray ends a process from C++, without a word, when its node's Ray has died; the kernel does when
+Ray ends a process from C++, without a word, when its node's Ray has died; so does the kernel when
 memory is short. So a small process beside it, which needs neither torch nor Ray, is told what to
-write down, and does so if the other one ends without having said that it is done.
+write, and writes it if the other one ends without reporting that it is done.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _CONNECT_S = 3.0
 
 
 class LastWords:
-    """Keeps ready what is to be said if this process ends without saying it.
+    """Keeps ready what must be written if this process ends without writing it.
 
     Parameters
     ----------
     who
         The command, for the sentence.
     path
-        Where its record goes; None if it is to have none.
+        Where its record goes; None for no record.
     next_step
-        What the user can do then.
+        What the user can do next.
     vital_signs
         Addresses that answer for as long as Ray lives: the head's ``host:port`` under ``head``, and
         the path of this node's socket under ``node``.
@@ -64,11 +64,11 @@ class LastWords:
         )
 
     def note(self, record: Mapping[str, Any]) -> None:
-        """Have a record ready, in the place of the one before; it costs some microseconds."""
+        """Replace the record that is kept ready; takes a few microseconds."""
         self._tell({"record": record})
 
     def done(self) -> None:
-        """Say that this process has said everything itself."""
+        """Report that this process has written everything itself."""
         if self._process.poll() is None:
             self._tell({"done": True})
         stream = self._process.stdin
@@ -81,17 +81,17 @@ class LastWords:
         stream = self._process.stdin
         if stream is None or stream.closed:
             return
-        # A pipe that is full or broken: the next one tells as much.
+        # The pipe is full or broken; the next record says as much.
         with contextlib.suppress(OSError):
-            # A line that did not fit must not spoil the next one.
+            # An incomplete line must not spoil the next one.
             os.write(stream.fileno(), f"\n{json.dumps(what, default=str)}\n".encode())
 
 
 def main() -> None:
-    """Listen until the other process says that it is done, or has ended."""
+    """Listen until the other process reports that it is done, or ends."""
     known: dict[str, Any] = {}
     for line in sys.stdin:
-        with contextlib.suppress(ValueError):  # cut off in its middle
+        with contextlib.suppress(ValueError):  # an incomplete line
             known |= json.loads(line)
     if "who" in known and not known.get("done"):
         speak(known)

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM as a request to stop, instead of an exception in the middle of anything.
 
-The first signal asks to finish what is under way, a second one to stop at once. Both hold even if
-the main thread hangs in foreign code, where Python runs no handlers: a thread of its own hears of
-signals through the wake-up pipe, and ends the process when its time is over.
+The first signal asks to finish what is under way, a second one to stop at once. Both work even if
+the main thread hangs in foreign code, where Python runs no handlers: another thread reads signals
+from the wake-up pipe, and ends the process when its time is over.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 GRACE_S = 30.0
-"""How long, unless told otherwise, a process may take from a request to stop to its end."""
+"""How long a process may take to end after a request to stop, by default."""
 
-_MARGIN_S = 10.0  # beyond the grace, for what is not asked whether its time is over
+_MARGIN_S = 10.0  # beyond the grace, for work that does not watch its time
 _AT_ONCE_S = 5.0  # after a second signal, for giving back what is held
 _ONE_REQUEST_S = 1.0  # signals so close together are one: batch systems reach a process twice
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,14 +31,14 @@ _END = 0  # in the pipe: no signal, but the end of listening
 
 
 class StopRequest(threading.Event):
-    """Set by the first signal; tells everybody in the process how much time is left.
+    """Set by the first signal; tells all parts of the process how much time is left.
 
     Attributes
     ----------
     grace_s
-        How long the process may take to its end from then on.
+        How long the process may take to end from then on.
     at_once
-        Whether a second signal has come, or the first before there was anything to finish.
+        Whether a second signal has come, or a first one before there was anything to finish.
     begun
         Whether there is anything to finish.
     """
@@ -66,7 +66,7 @@ class StopRequest(threading.Event):
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the main thread, once, if there has been a second signal."""
-        # What a signal means is decided where they are heard of; here it may be late.
+        # `note` decides what a signal means; this handler may run late.
         if self.at_once and not self._raised:
             self._raised = True
             raise KeyboardInterrupt
@@ -83,15 +83,15 @@ class StopRequest(threading.Event):
             log.warning("%s: stopping at once", f"{name} again" if self.is_set() else name)
             self.set()
             self._end_after(_AT_ONCE_S)
-            # To a main thread that waits: the signal itself may have gone to another one. SIGINT,
-            # because that is no sudden death either if the block has just been left.
+            # Wake a main thread that waits: the signal may have gone to another thread. SIGINT,
+            # because it does not kill the process if the block has just been left.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _is_recent(self) -> bool:
         return self._came_at is not None and time.monotonic() - self._came_at < _ONE_REQUEST_S
 
     def forget(self) -> None:
-        """Let the process live on, and interrupt it no more: what was asked to stop has ended."""
+        """Let the process go on without interruptions: what was asked to stop has ended."""
         self._raised = True
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -113,16 +113,16 @@ _current: StopRequest | None = None
 
 @contextmanager
 def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[StopRequest]:
-    """Give an event that Ctrl-C and SIGTERM set while the block runs.
+    """Yield an event that Ctrl-C and SIGTERM set while the block runs.
 
-    Whoever works in the block looks at it between two pieces of work, finishes what it holds and
-    leaves. A second signal raises `KeyboardInterrupt`. A process that is still in the block some
-    seconds after ``grace_s``, or after a second signal, because something hangs, is ended: what it
-    holds goes back when its leases end.
+    Code in the block checks the event between two pieces of work, finishes what it holds and
+    leaves. A second signal raises `KeyboardInterrupt`. If something hangs, so that the process is
+    still in the block some seconds after ``grace_s`` or after a second signal, the process is
+    ended: what it holds goes back when its leases end.
 
-    A block within a block has the same event. With ``begun`` false in the outer one, there is
-    nothing to finish before the inner one, and a first signal stops at once. Outside the main
-    thread, where Python knows no signals, the event is never set.
+    A nested block has the same event. If ``begun`` is false in the outer block, there is nothing to
+    finish before the inner one, and a first signal stops at once. Outside the main thread, where
+    Python handles no signals, the event is never set.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
@@ -144,7 +144,7 @@ def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[Stop
     try:
         yield request
     finally:
-        # While our handlers are there: a signal that has just come must not interrupt this.
+        # Before our handlers are removed: a signal that has just come must not interrupt this.
         request.forget()
         os.write(sending, bytes([_END]))
         listener.join()
@@ -159,11 +159,11 @@ def stop_requests(grace_s: float = GRACE_S, begun: bool = True) -> Iterator[Stop
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let no signal raise an exception while the block runs; what came in it is raised behind it.
+    """Delay exceptions that signals raise until the block has ended.
 
-    For work that must not end between two of its steps, such as the writing of a file: HDF5 calls
-    Python functions and swallows what they raise. The block must be short. A process that a second
-    signal finds in a longer one is ended by its watchdog, see `stop_requests`.
+    For work that must not stop halfway, such as writing a file: HDF5 calls Python functions and
+    swallows what they raise. The block must be short: after a second signal, the watchdog ends a
+    process that stays in it, see `stop_requests`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -173,7 +173,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as restored:
             for number, handler in handlers.items():
-                if callable(handler):  # the system's own ends the process, and raises nothing
+                if callable(handler):  # the system's handler ends the process and raises nothing
                     restored.callback(signal.signal, number, handler)
                     signal.signal(number, lambda *received: noted.append(received))
             yield
@@ -185,7 +185,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def listen_again() -> None:
-    """Put our handlers back where a library has put its own, as Ray and Lightning do."""
+    """Restore our handlers after a library, such as Ray or Lightning, has set its own."""
     if _current is not None and threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _current.on_signal)

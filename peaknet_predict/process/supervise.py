@@ -1,9 +1,9 @@
 """The ranks of one machine as processes that may die one by one.
 
 Lightning's own launcher makes rank 0 the parent of the others and kills them all when one fails.
-On a stream that is the wrong thing: what a dead rank had taken goes back into the queue, and the
-others do it. So the command becomes a supervisor that starts every rank, rank 0 too, passes
-signals on, and says in its exit code what happened.
+For a stream that is wrong: what a dead rank had taken goes back into the queue, and the others
+process it. So the command becomes a supervisor that starts every rank, including rank 0, passes
+signals on, and reports in its exit code what happened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peaknet_predict.process.stopping import stop_requests
 log = logging.getLogger(__name__)
 
 _STARTED = "PEAKNET_PREDICT_STARTED"
-"""In a rank's environment: the directory where it notes that it has begun to work."""
+"""In a rank's environment: the directory where it notes that it has started work."""
 
 _SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
 """In a rank's environment: the process that must be its parent."""
@@ -38,13 +38,13 @@ _SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
 _COMMAND = (sys.executable, "-P", "-m", "peaknet_predict")
 _LOOPBACK = "127.0.0.1"
 _LOOK_S = 0.2
-_MARGIN_S = 15.0  # beyond the grace, before ranks that do not end are killed
+_MARGIN_S = 15.0  # beyond the grace, before ranks that have not ended are killed
 _HUNG_S = 900.0  # after a rank has seen the end of the stream, the others have nothing to wait for
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The processes of this machine: how many, of how many, and where they meet."""
+    """The processes of this machine: how many, out of how many, and where they meet."""
 
     local_ranks: int
     world_size: int
@@ -54,14 +54,14 @@ class Layout:
 
     @property
     def meets_at(self) -> str:
-        """Where the ranks meet: nowhere that another machine can reach, if this has all of them."""
+        """Where the ranks meet: out of other machines' reach if this one has all of them."""
         return _LOOPBACK if self.local_ranks == self.world_size else self.main_address
 
 
 def stay_with_supervisor() -> None:
     """Let this process die with its supervisor, if it has one."""
     if _SUPERVISOR in os.environ:
-        # SIGKILL: until it works it may wait for other ranks, and hears no request to stop.
+        # SIGKILL, because it may wait for other ranks until it works, deaf to requests to stop.
         _end_with_parent(signal.SIGKILL)
 
 
@@ -75,7 +75,7 @@ def note_started(rank: int) -> None:
 
 
 def _end_with_parent(number: signal.Signals) -> None:
-    """Have this process sent a signal when its supervisor is gone."""
+    """Arrange for a signal to this process when its supervisor is gone."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
     if os.getppid() != int(os.environ[_SUPERVISOR]):
@@ -83,7 +83,7 @@ def _end_with_parent(number: signal.Signals) -> None:
 
 
 def supervise(words: Sequence[str], layout: Layout, grace_s: float) -> int:
-    """Run the ranks of this machine to their end.
+    """Run the ranks of this machine until they end.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def supervise(words: Sequence[str], layout: Layout, grace_s: float) -> int:
     layout
         The processes.
     grace_s
-        How long the ranks may take to their end after Ctrl-C or SIGTERM.
+        How long the ranks may take to end after Ctrl-C or SIGTERM.
 
     Returns
     -------
@@ -137,19 +137,19 @@ class _Ranks:
             "MASTER_PORT": str(layout.main_port),
             "NODE_RANK": str(layout.node_rank),
             "WORLD_SIZE": str(layout.world_size),
-            # The ranks meet at the supervisor's store: none of them takes it along.
+            # The ranks meet at the supervisor's store, which outlives each of them.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             _STARTED: str(started),
             _SUPERVISOR: str(os.getpid()),
         }
         if layout.meets_at == _LOOPBACK:
-            # The ranks' own sockets too, which no token protects either.
+            # The ranks' own sockets as well: no token protects those either.
             shared |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self._processes = [
             subprocess.Popen(
                 [*_COMMAND, *words],
                 env=os.environ | shared | {"LOCAL_RANK": str(rank)},
-                # A session of its own: Ctrl-C reaches it through the supervisor, once.
+                # A separate session: Ctrl-C reaches it once, through the supervisor.
                 start_new_session=True,
             )
             for rank in range(layout.local_ranks)
@@ -171,7 +171,7 @@ class _Ranks:
             process.wait()
 
     def look(self) -> None:
-        """Report ranks that are gone, and end those that have nothing left to do or to wait for."""
+        """Report ranks that are gone, and end those that have nothing left to do."""
         codes = [process.poll() for process in self._processes]
         for rank, code in enumerate(codes):
             if code is not None and rank not in self._reported:
@@ -208,7 +208,7 @@ class _Ranks:
             log.error("rank %d %s", number, how)
 
     def _waited_for(self, codes: Sequence[int | None]) -> bool:
-        """Whether a rank that runs, and is not stopped, may still finish by itself."""
+        """Whether a rank that runs and is not suspended may still finish by itself."""
         return any(
             code is None and not _is_stopped(process.pid)
             for code, process in zip(codes, self._processes, strict=True)
@@ -222,7 +222,7 @@ class _Ranks:
 def _meeting_point(layout: Layout) -> Iterator[None]:
     """Keep the store where the ranks find each other, on the first machine.
 
-    By itself torch would listen on every address, for everyone: the store knows no token.
+    Torch itself would listen on every address, for everyone: the store asks for no token.
     """
     from torch import distributed
 
