@@ -64,8 +64,9 @@ class Spool:
     Raises
     ------
     SpoolError
-        If another queue holds it, if it cannot be read or written, or if something that had been
-        synced is missing or damaged.
+        If another queue holds it, it cannot be read, something is missing or damaged that had been
+        synced, or a new one cannot be written. One that an earlier life of the queue has left may
+        have no room yet: then nothing is confirmed until it has.
     """
 
     def __init__(
@@ -185,7 +186,12 @@ class Spool:
         self._leftovers = found.others
         self._latest = max([found.last, *found.others])
         self._delete_settled()  # makes room
-        self._begin_segment()
+        try:
+            self._begin_segment()
+        except OSError:
+            # A queue that comes back while its disk is full waits for room, as one that runs does.
+            if self.replay.books is None:
+                raise
 
     def _try_append(self, kind: Kind, content: Any) -> bool:
         """Append what the next segment's beginning repeats anyway; False if that failed."""

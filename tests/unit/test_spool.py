@@ -334,6 +334,30 @@ def test_a_full_spool_makes_room_by_itself_once_its_records_are_settled(tmp_path
     assert [entry.id.idx for entry in found(tmp_path)] == [accepted]
 
 
+def test_a_queue_that_comes_back_on_a_full_disk_waits_for_room(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.books({"uid": "q"})
+    put(spool, event(0), event(1))
+    spool.close()
+    disk: Any = FailingDisk("write")
+    again = Spool(tmp_path, fs=disk)
+    assert [entry.id.idx for entry in again.replay.entries] == [0, 1]
+    with pytest.raises(OSError, match="No space left"):
+        again.put(entry_of(event(2)))
+    with pytest.raises(OSError, match="No space left"):
+        again.syncing()
+    again.settled(event(0).id, False)
+    again.tidy()
+    disk.fails.clear()
+    again.tidy()
+    put(again, event(2))
+    again.close()
+    assert [entry.id.idx for entry in found(tmp_path)] == [1, 2]
+    disk.fails.add("write")
+    with pytest.raises(SpoolError, match=r"cannot be used.*No space left"):
+        Spool(tmp_path / "new", fs=disk)
+
+
 def test_what_a_killed_queue_left_behind_the_mark_is_written_again(tmp_path: Path) -> None:
     """It may be in the system's memory only, and the sync that failed have been the one before."""
     spool = Spool(tmp_path)
