@@ -75,15 +75,19 @@ class StreamBook:
         return sorted(self._heard) + ([FOREIGN] if self.foreign.is_open else [])
 
     def open(self, producer: str, of: int, now: float) -> None:
-        """Announce a producer; one that fell silent goes on where it was."""
+        """Announce a producer; one that comes back to its stream goes on where it was.
+
+        It has not ended early then, whatever it or its silence has said before. While something of
+        an ended stream is left, such a producer opens that stream again and no new one.
+        """
         if not producer.isprintable():
             raise ValueError(f"a producer's name must be printable text, not {producer!r}")
         if producer not in self._heard:
-            self._begin_if_ended()
+            if producer not in self._closed or self._is_empty():
+                self._begin_if_ended()
             self._closed.discard(producer)
-            if producer in self._silenced:
-                self._silenced.discard(producer)
-                self.failures.pop(producer, None)
+            self._silenced.discard(producer)
+            self.failures.pop(producer, None)
         self._heard[producer] = now
         self._expected = max(self._expected, of)
         self._save()

@@ -236,6 +236,23 @@ def test_a_silent_producer_is_closed_and_may_come_back() -> None:
     assert take_all(state, "next") == [0]
 
 
+def test_a_producer_that_was_interrupted_and_goes_on_makes_its_stream_whole() -> None:
+    state = QueueState("events", 10, 1000)
+    for name in ("a", "b"):
+        state.open(name, of=2)
+    state.put("a", [event(0)])
+    state.close("a")
+    state.close("b", failure="interrupted")
+    assert not ask(state, most=0).ended, "an event is left"
+    state.open("b", of=2)  # nobody waits for the other one, which has done its part
+    state.put("b", [event(1)])
+    state.close("b")
+    assert take_all(state) == [0, 1]
+    delivery = ask(state)
+    assert delivery.ended
+    assert delivery.failures == {}
+
+
 def test_a_producer_that_only_slept_goes_on() -> None:
     clock = Clock()
     state = QueueState("events", 10, 1000, producer_timeout_s=60, clock=clock)
