@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.reliability.chaos import REPOSITORY
+from benchmarks.reliability.chaos.cluster import REPOSITORY
 from peaknet_predict.cxi.file import read_ids
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect

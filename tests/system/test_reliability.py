@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import ray
 
-from benchmarks.reliability.chaos import chaos
+from benchmarks.reliability.chaos.run import chaos
+from benchmarks.reliability.chaos.scene import Plan, SceneKind
 from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.feed import push
 from peaknet_predict.queues import QueueAddress, QueueError, connect_queue
@@ -279,7 +280,10 @@ def test_a_thousand_malformed_events_among_a_thousand_good_ones(
     np.testing.assert_array_equal(event.image, image)
 
 
-def test_a_short_chaos(cluster: str, tmp_path: Path) -> None:
-    found = chaos(tmp_path, cluster, seed=3, events=240, faults=6, ranks=1, every_s=2.5, rate_hz=30)
-    assert (found["lost"], found["duplicated"], found["unknown"]) == (0, 0, 0), found
-    assert found["in files"] + found["in quarantine"] == 240
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["spool", "memory", "peer", "foreign"])
+def test_a_short_chaos(tmp_path: Path, kind: SceneKind) -> None:
+    plan = Plan(3, kind, 240, ranks=1, rate_hz=40, fragility=0.01, quarantine_bytes=2**30)
+    found = chaos(plan, tmp_path, faults=4, every_s=2.5)
+    assert found["problems"] == [], found
+    assert found["fed"] >= found["written"] + found["filtered"] + found["quarantined"] > 0
