@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
 from peaknet_predict.queues import Admin, QueueError
+from peaknet_predict.sources import SkippedFile
 from peaknet_predict.types import Refusal, Result
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class Ledger:
         File of rank 0's record; the others write theirs beside it. None writes none.
     network
         What the peaks depend on, for the record, see `Provenance.record`; None if unknown.
+    skipped
+        Files that the run's own source leaves out, for the record.
 
     Attributes
     ----------
@@ -56,6 +60,7 @@ class Ledger:
         min_hit_peaks: int = 10,
         path: str | Path | None = None,
         network: dict[str, Any] | None = None,
+        skipped: Sequence[SkippedFile] = (),
     ) -> None:
         self.predicted = 0
         self.refused = 0
@@ -66,6 +71,7 @@ class Ledger:
         self._rank = rank
         self._min_hit_peaks = min_hit_peaks
         self._network = network
+        self._skipped = [asdict(file) for file in skipped]
         self.path = None if path is None else path_of_rank(path, rank)
         self._last_refusal: Refusal | None = None
         # One thread appends to it while another takes percentiles of a copy.
@@ -182,11 +188,14 @@ class Ledger:
             "given_back": self.left,
         }
         stages = queues | {"predict": counts}
+        if self._skipped:
+            stages["feed"] = {"skipped_files": self._skipped}
+        order = ("feed", "input", "predict", "output")
         return {
             "problem": None,
             "other_ranks": None,
             "network": self._network,
-            "stages": {one: stages[one] for one in ("input", "predict", "output") if one in stages},
+            "stages": {one: stages[one] for one in order if one in stages},
         }
 
     @property

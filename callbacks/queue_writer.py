@@ -125,7 +125,9 @@ class QueueWriter(BasePredictionWriter):
         """Open the output queue; all ranks are producers of one stream."""
         self._run = None
         datamodule: Any = getattr(trainer, "datamodule", None)
-        dataset = datamodule.dataset if isinstance(datamodule, QueueDataModule) else None
+        own = datamodule if isinstance(datamodule, QueueDataModule) else None
+        dataset = None if own is None else own.dataset
+        skipped = () if own is None or own.source is None else own.source.skipped
         rank, world_size = trainer.global_rank, trainer.world_size
         # A run that takes the place of one that was killed can tell that it is: same input queue.
         source = uuid4().hex[:8] if dataset is None else dataset.queue.admin.uid
@@ -133,7 +135,9 @@ class QueueWriter(BasePredictionWriter):
         queue, roster = self._connect_one_by_one(trainer, name)
         producer = f"{group}{name}:rank{rank}"
         network = pl_module.provenance.record() if isinstance(pl_module, PeakNetModule) else None
-        ledger = Ledger(dataset, queue.admin, rank, self.min_hit_peaks, self.balance, network)
+        ledger = Ledger(
+            dataset, queue.admin, rank, self.min_hit_peaks, self.balance, network, skipped
+        )
         outbox = Outbox(queue.producer, producer, self._accepted)
         self._run = _Run(
             dataset,

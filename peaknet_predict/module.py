@@ -195,10 +195,9 @@ class PeakNetModule(L.LightningModule):
             return PendingPeaks(batch, batch.refused + reasons, self._first)
         dtype = batch.images_BPHW.dtype
         if dtype not in self._dtypes_seen and not warm_up:
+            declares = any(event.bad_bits is not None for event in batch.events)
+            self._warn_of_masks(dtype, declares, first=not self._dtypes_seen)
             self._dtypes_seen.add(dtype)
-            contradiction = self.preprocess.validity.contradiction(dtype)
-            if contradiction is not None:
-                log.warning("%s", contradiction)
         if self._ring is None:  # called without a Trainer
             self._ring = self._new_ring()
         with self._first_time(shape_BPHW) if is_new else contextlib.nullcontext():
@@ -216,6 +215,20 @@ class PeakNetModule(L.LightningModule):
 
     def _logits(self, counts_BPHW: Tensor, bad_bits_BK: Tensor | None = None) -> NetworkOutput:
         return self._forward_pass(counts_BPHW, bad_bits_BK).at_threshold(self.provenance.threshold)
+
+    def _warn_of_masks(self, dtype: torch.dtype, declares: bool, first: bool) -> None:
+        """Warn, before pixels of a dtype are judged, of what they would not be judged by."""
+        validity = self.preprocess.validity
+        contradiction = validity.contradiction(dtype)
+        if contradiction is not None:
+            log.warning("%s", contradiction)
+        if first and validity.in_images and not declares:
+            log.warning(
+                "%s takes masks from the image files, and the first events come without one: only "
+                "what reads the files can apply it. Give the source of the events {%s}",
+                self.provenance.record()["mask"],
+                "} or {".join(validity.in_images),
+            )
 
     def _misfit(self, shape_BPHW: tuple[int, ...]) -> str | None:
         """Say why preprocessing or network cannot take events of a shape; None if they can."""

@@ -10,7 +10,6 @@ Shape legend: S rows (slow scan) and F columns (fast scan) of a panel.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable
@@ -21,8 +20,6 @@ import numpy.typing as npt
 
 from peaknet_predict.pixels import find_masked
 from peaknet_predict.preprocess.validity import StaticMask
-
-log = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]
 Index = tuple[int | slice, ...]
@@ -136,6 +133,7 @@ def _parse(text: str) -> tuple[dict[str, _Panel], dict[str, dict[str, str]]]:
 def _combine(
     path: Path, panels: dict[str, _Panel], regions: dict[str, dict[str, str]], load_mask: LoadMask
 ) -> StaticMask:
+    in_images: dict[str, None] = {}
     flags = next(iter(panels.values())).flags
     if any(panel.flags != flags for panel in panels.values()):
         raise ValueError("flag_lessthan, flag_morethan and flag_equal must be those of all panels")
@@ -152,7 +150,7 @@ def _combine(
     for name, panel in panels.items():
         mine = np.zeros_like(bad[indices[name]])
         _mark_panel(panel, mine)
-        _mark_masks(path, panel, indices[name], shape, mine, load_mask)
+        in_images |= dict.fromkeys(_mark_masks(path, panel, indices[name], shape, mine, load_mask))
         for region, settings in regions.items():
             _mark_region(region, settings, panel, mine, only=len(panels) == 1)
         bad[indices[name]] = mine
@@ -165,6 +163,7 @@ def _combine(
         max(numbers["flag_lessthan"], default=-math.inf),
         min(numbers["flag_morethan"], default=math.inf),
         tuple(numbers["flag_equal"]),
+        tuple(in_images),
     )
 
 
@@ -186,8 +185,9 @@ def _mark_masks(
     shape: tuple[int, ...],
     bad_SF: Mask,
     load_mask: LoadMask,
-) -> None:
-    """Mark what masks in files of their own mark."""
+) -> list[str]:
+    """Mark what masks in files of their own mark; return how a source is told of the others."""
+    in_images = []
     for key in (key for key in panel.settings if _MASK.fullmatch(key)):
         location, stem = panel.settings[key], key.removesuffix("data")
         good, bad = (int(panel.number(f"{stem}{bits}bits", 0)) for bits in ("good", "bad"))
@@ -195,8 +195,9 @@ def _mark_masks(
             raise ValueError(f"mask {location} has neither good nor bad bits: add mask_bad")
         file = panel.settings.get(f"{stem}file")
         if file is None:
-            # In the image files, whose sources apply it.
-            log.debug("%s: mask %s is in the image files", path, location)
+            # In the image files: only their source can apply it.
+            bits = f"mask_good: {good:#x}, mask_bad: {bad:#x}"
+            in_images.append(f"mask: {location.replace('%', '').rstrip('/')}, {bits}")
             continue
         if "%" in location:
             raise ValueError(f"mask {location} is one for each event; only static ones are read")
@@ -210,6 +211,7 @@ def _mark_masks(
                 f"mask {location} of {found} has the shape {values.shape}, and the panels {shape}"
             )
         bad_SF |= find_masked(values[index], good, bad)
+    return in_images
 
 
 def _mark_region(

@@ -44,12 +44,16 @@ class StaticMask(NamedTuple):
         Counts outside of these bounds are bad, in every pixel.
     values
         Counts that are bad, in every pixel.
+    in_images
+        Options of a source for masks that a geometry file takes from the image files themselves:
+        whoever reads these has to apply them.
     """
 
     bad: npt.NDArray[np.bool_]
     at_least: float = -math.inf
     at_most: float = math.inf
     values: tuple[float, ...] = ()
+    in_images: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """Return a digest of all of this: another mask under the same file name has another one."""
@@ -99,6 +103,7 @@ class Validity(nn.Module):
             raise ValueError(f"saturation is {saturation}; give the counts of a saturated pixel")
         self.saturation = saturation
         self._mask = mask
+        self.in_images = () if mask is None else mask.in_images
         self._use_dtype = bad_values != "none"
         # Not persistent: a mask belongs to a detector, not to a network's weights.
         good = None if mask is None else torch.from_numpy(~mask.bad)

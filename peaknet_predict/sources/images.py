@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from peaknet_predict.photon_energy import HC_EV_ANGSTROM, explain_implausible, is_plausible
-from peaknet_predict.sources.base import EventSource, check_first, resolve_paths, unreadable
+from peaknet_predict.sources.base import (
+    SKIP_HINT,
+    EventSource,
+    SkippedFile,
+    check_first,
+    resolve_paths,
+    unreadable,
+)
 from peaknet_predict.sources.energies import check_photon_energy_ev
 from peaknet_predict.types import Image
 
@@ -40,6 +47,9 @@ class ImageFileSource(EventSource):
         mccd files.
     panel_height
         Rows of one panel, if panels are stacked on each other.
+    skip_unreadable
+        Leave out files that cannot be opened, instead of refusing to start, or of refusing their
+        events later. They are counted. Each file's header is read at the start.
 
     Raises
     ------
@@ -55,16 +65,39 @@ class ImageFileSource(EventSource):
         path: str | list[str],
         photon_energy_ev: float | None = None,
         panel_height: int | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         check_photon_energy_ev(photon_energy_ev)
         self._photon_energy_ev = photon_energy_ev
         self._panel_height = panel_height
         self._paths = resolve_paths(path)
-        _, energy = self._read(self._paths[0])
+        if panel_height is not None and panel_height < 1:
+            raise ValueError(f"panel_height is {panel_height}; give the rows of a panel")
+        if skip_unreadable:
+            self._leave_out_unreadable()
+        try:
+            _, energy = self._read(self._paths[0])
+        except ValueError as error:
+            hint = "" if len(self._paths) == 1 or skip_unreadable else SKIP_HINT
+            raise ValueError(f"{error}{hint}") from error
         if np.isnan(energy):
             raise ValueError(
                 f"{self._paths[0]} has no wavelength in its header; give photon_energy_ev"
             )
+
+    def _leave_out_unreadable(self) -> None:
+        """Keep the files of which the header can be read."""
+        paths, self._paths, self.skipped = self._paths, [], []
+        for path in paths:
+            try:
+                _header(path)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", path, error)
+                self.skipped.append(SkippedFile(path, str(error), 1))
+            else:
+                self._paths.append(path)
+        if not self._paths:
+            raise ValueError(f"none of {len(paths)} files can be read: {self.skipped[0].reason}")
 
     def check(self) -> None:
         """Make sure that this process can read the files, see `EventSource.check`."""
@@ -109,16 +142,10 @@ class ImageFileSource(EventSource):
 
     def _read(self, path: Path) -> tuple[Image, float]:
         """Return the image of a file and its photon energy, NaN without one."""
+        # Opened twice, because fabio drops the header of mccd files when it reads the pixels.
+        header = _header(path)
         try:
-            import fabio
-        except ImportError as error:
-            raise ValueError(
-                f"{path}: reading such files needs fabio: pip install 'peaknet-predict[images]'"
-            ) from error
-        try:
-            # Opened twice, because fabio drops the header of mccd files when it reads the pixels.
-            header = dict(fabio.openheader(str(path)).header)
-            with fabio.open(str(path)) as file:
+            with _fabio(path).open(str(path)) as file:
                 pixels, frames = file.data, file.nframes
         except Exception as error:  # fabio's formats raise whatever they stumble over
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
@@ -137,6 +164,25 @@ class ImageFileSource(EventSource):
                 )
             image = image.reshape(-1, self._panel_height, image.shape[1])
         return image, self._photon_energy_ev or _energy(text, header)
+
+
+def _fabio(path: Path) -> Any:
+    try:
+        import fabio
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading such files needs fabio: pip install 'peaknet-predict[images]'"
+        ) from error
+    return fabio
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return a file's header; ValueError if there is none that fabio understands."""
+    fabio = _fabio(path)
+    try:
+        return dict(fabio.openheader(str(path)).header)
+    except Exception as error:  # fabio's formats raise whatever they stumble over
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _energy(text: str, header: dict[str, Any]) -> float:

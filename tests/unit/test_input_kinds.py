@@ -12,7 +12,7 @@ import yaml
 
 import peaknet_predict.sources
 from peaknet_predict.batching import check_event
-from peaknet_predict.sources import EventSource
+from peaknet_predict.sources import EventSource, ImageFileSource
 from peaknet_predict.types import Event, EventId
 from tests.helpers.input_files import KINDS
 
@@ -38,6 +38,25 @@ ROWS = rows()
 
 def test_the_table_has_a_row_for_each_kind() -> None:
     assert ROWS.keys() == KINDS.keys()
+
+
+def test_image_files_that_cannot_be_read_are_left_out_if_asked(tmp_path: Path) -> None:
+    written = KINDS["PILATUS, CBF"](tmp_path)
+    (tmp_path / "thau_0000a.cbf").write_bytes(b"###CBF: VERSION 1.5\nno more than this")
+    (tmp_path / "first.cbf").touch()
+    with pytest.raises(ValueError, match=r"first.cbf cannot be read.*set skip_unreadable: true"):
+        ImageFileSource(str(tmp_path / "*.cbf"))
+    source = ImageFileSource(str(tmp_path / "*.cbf"), skip_unreadable=True)
+    assert [(lost.path.name, lost.events) for lost in source.skipped] == [
+        ("first.cbf", 1),
+        ("thau_0000a.cbf", 1),
+    ]
+    read = list(source.events())
+    assert [idx for idx, _, _ in read] == [0, 1]
+    for idx, image, _ in read:
+        np.testing.assert_array_equal(np.ma.getdata(image), written.images[idx])
+    with pytest.raises(ValueError, match="none of 1 files can be read"):
+        ImageFileSource(str(tmp_path / "first.cbf"), skip_unreadable=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import h5py
 import numpy as np
 import pytest
 
+from peaknet_predict.batching import Batcher
+from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import read_mask
 from peaknet_predict.preprocess.validity import StaticMask
+from peaknet_predict.sources import Hdf5Source
+from peaknet_predict.types import Event, EventId
+from tests.helpers.networks import Bright
+from tests.helpers.prediction import chain
 
 MASK = np.zeros((2, 6, 8), np.uint16)
 MASK[0, 1, 2], MASK[1, 5, 7] = 1, 4
@@ -139,7 +146,33 @@ def test_masks_in_files_of_their_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(geometry(tmp_path, bits).bad, values != 0)
     # In the image files: for the source, not for a static mask.
     bits = "mask = /entry_1/data_1/mask\nmask_bad = 0xffff\n"
-    np.testing.assert_array_equal(geometry(tmp_path, bits).bad, slab())
+    mask = geometry(tmp_path, bits)
+    np.testing.assert_array_equal(mask.bad, slab())
+    assert mask.in_images == ("mask: /entry_1/data_1/mask, mask_good: 0x0, mask_bad: 0xffff",)
+
+
+def test_a_mask_in_the_image_files_is_the_sources_and_missed_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
+    geom, bad = tmp_path / "detector.geom", slab(np.s_[3, 4])
+    geom.write_text("mask = /entry_1/data_1/mask\nmask_bad = 0x4\n" + PANELS)
+    with h5py.File(tmp_path / "run.cxi", "w") as file:
+        file["entry_1/data_1/data"] = np.ones((2, 12, 8), np.int16)
+        file["entry_1/data_1/mask"] = 5 * bad.astype(np.uint16) + 1
+    options = {"photon_energy_ev": 9500.0, "panel_height": 6}
+    given = Hdf5Source(str(tmp_path / "run.cxi"), mask_bad=4, **options)  # type: ignore[arg-type]
+    without = Hdf5Source(str(tmp_path / "run.cxi"), mask="none", **options)  # type: ignore[arg-type]
+    for source, num_bad, warned in ((given, 1, False), (without, 0, True)):
+        caplog.clear()
+        module = PeakNetModule(Bright(), chain(), mask=str(geom)).eval()
+        batcher = Batcher(2)
+        for idx, image, energy in source.events():
+            assert not list(batcher.add([Event(EventId("s", 0, idx), image, energy)]))
+        (result, _) = module.predict_step(batcher.take(), 0).result().results
+        assert result.bad_pixels == num_bad
+        for_source = "mask: /entry_1/data_1/mask, mask_good: 0x0, mask_bad: 0x4"
+        assert (for_source in caplog.text) == warned
 
 
 def test_panels_along_a_dimension(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from peaknet_predict.module import PeakNetModule
 from peaknet_predict.preprocess import Crop, MergeBatchChannelDims
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import QueueAddress, QueueError
-from peaknet_predict.sources import EventSource, Simulator
+from peaknet_predict.sources import EventSource, Simulator, SkippedFile
 from peaknet_predict.types import Image
 from tests.helpers.chain import written
 from tests.helpers.memory_cluster import MemoryCluster, install
@@ -191,6 +191,18 @@ def test_the_same_objects_run_again_and_again_and_fail_as_well_as_ever(
     assert now.open_producers == []
     assert list(now.failures.values()) == ["RuntimeError: boom"]
     assert rig.balance()["problem"] == "RuntimeError: boom"
+
+
+def test_files_that_a_runs_own_source_leaves_out_are_in_its_record(
+    cluster: MemoryCluster, tmp_path: Path
+) -> None:
+    source = Dots()
+    source.skipped = [SkippedFile(Path("run_7.h5"), "it is truncated", 12)]
+    rig = Rig(cluster, tmp_path, source=source)
+    rig.predict()
+    assert rig.balance()["stages"]["feed"] == {
+        "skipped_files": [{"path": "run_7.h5", "reason": "it is truncated", "events": 12}]
+    }
 
 
 def test_images_without_a_finite_pixel_are_refused(cluster: MemoryCluster, tmp_path: Path) -> None:
