@@ -13,7 +13,7 @@ OTHERS := tests/ray tests/system tests/gpu
 .PHONY: demo check test lint test-slow test-gpu test-benchmarks coverage clean
 
 demo: .venv/installed
-	$(BIN)/peaknet-predict predict -c configs/demo.yaml
+	$(BIN)/peaknet-predict predict -c demo
 
 # Before each commit: a tenth of the examples of each property, and no test marked `thorough`.
 check: lint

@@ -1,46 +1,26 @@
-"""The commands: ``peaknet-predict predict | feed | write-cxi | fit | export | doctor``."""
+"""The commands: ``peaknet-predict run | predict | feed | write-cxi | fit | export ...``."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from peaknet_predict import __version__
-from peaknet_predict.config_files import ConfigurationError, refuse_duplicate_keys
-from peaknet_predict.cxi.writer import CxiWriteError
-from peaknet_predict.process.balance import (
-    EXIT_FAILED,
-    EXIT_INCOMPLETE,
-    EXIT_SURVIVED,
-    BalanceError,
-    SurvivedError,
-)
-from peaknet_predict.queues import ClusterError, QueueError
+from peaknet_predict.process.balance import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_SURVIVED
+from peaknet_predict.usage import FIT, PREDICT, USAGE
+
+if TYPE_CHECKING:  # everything else is imported when it is needed: help is shown at once
+    from jsonargparse import ArgumentParser
 
 log = logging.getLogger("peaknet_predict")
 
 EXIT_USAGE = 2
 """The command line or the configuration is wrong; as argparse ends, too."""
-
-_USAGE = """usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's options)
-       peaknet-predict --version
-
-  predict     find peaks: input queue -> network -> output queue
-  feed        push events from files or the simulator into an input queue
-  write-cxi   write results from an output queue to CXI files
-  fit         train a network, on simulated shots or on files with known peaks
-  export      write a checkpoint's network as a weight file for predict
-  doctor      check installation, GPU, Ray and a configuration, and say what to do
-
-exit codes: 0 done, every event accounted for; 1 could not do it, the log's last line says why;
-            2 wrong command line or configuration; 3 ended, but interrupted or incomplete;
-            4 every event accounted for, but a process of the run died and others did its work
-"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -54,53 +34,80 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     _set_up_logging()
     commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run_files,
         # None: Lightning reads the command line itself, as it does again in every rank it starts.
         "predict": lambda rest: _predict(None if args is None else ["predict", *rest]),
         "feed": _feed,
         "write-cxi": _write_cxi,
         "fit": lambda rest: _fit(None if args is None else ["fit", *rest]),
         "export": _export,
+        "configs": _configs,
         "doctor": _doctor,
     }
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE)
+        print(USAGE)
         return 0 if words else EXIT_USAGE
     if words[0] == "--version":
         print(f"peaknet-predict {__version__}")
         return 0
     if words[0] not in commands:
-        print(f"there is no command {words[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        print(f"there is no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
-    if not {"-h", "--help", "--print_config"} & set(words):
+    brief = {"predict": PREDICT, "fit": FIT}.get(words[0])
+    if brief is not None and {"-h", "--help"} & set(words):
+        print(brief)
+        return 0
+    answers = {"-h", "--help", "--help-all", "--print_config"}
+    if words[0] != "configs" and not answers & set(words):
         log.info("peaknet-predict %s: %s", __version__, words[0])
     try:
         return commands[words[0]](words[1:])
-    except BalanceError as error:
-        log.error("%s", error)
-        return EXIT_INCOMPLETE
-    except SurvivedError as error:
-        log.error("%s", error)
-        return EXIT_SURVIVED
-    except ConfigurationError as error:
-        log.error("%s", error)
-        return EXIT_USAGE
-    except (ClusterError, QueueError, CxiWriteError, OSError) as error:
-        log.error("%s", error)
-        log.debug("where that was", exc_info=True)
-        return EXIT_FAILED
-    except ValueError as error:
-        # A wrong setting, nearly always: the sentence is what helps, a traceback hides it.
-        log.error("%s", error)
-        log.debug("where that was", exc_info=True)
-        return EXIT_FAILED
     except KeyboardInterrupt:
         log.error("stopped at once; what was under way goes back when its leases end")
         return EXIT_INCOMPLETE
+    except Exception as error:
+        return _ended_by(error)
+
+
+def _ended_by(error: Exception) -> int:
+    """Say in one sentence why a command has ended, and return the exit code; raise a fault."""
+    from peaknet_predict.complaints import innermost
+    from peaknet_predict.config_files import ConfigurationError
+    from peaknet_predict.cxi.writer import CxiWriteError
+    from peaknet_predict.process.balance import BalanceError, SurvivedError
+    from peaknet_predict.queues import ClusterError, QueueError
+
+    codes = (
+        (BalanceError, EXIT_INCOMPLETE),
+        (SurvivedError, EXIT_SURVIVED),
+        (ConfigurationError, EXIT_USAGE),
+        # A ValueError is a wrong setting, nearly always: a traceback would hide what helps.
+        ((ClusterError, QueueError, CxiWriteError, OSError, ValueError), EXIT_FAILED),
+    )
+    code = next((code for kinds, code in codes if isinstance(error, kinds)), None)
+    if code is None:
+        raise error
+    log.error("%s", innermost(str(error)))
+    log.debug("where that was", exc_info=error)
+    return code
 
 
 def run() -> None:
     """Entry point of the console script."""
+    # So that a configuration can name a class of a module beside it. At the end: a file of the
+    # user's that is called like a module of Python must not take its place.
+    sys.path.append(os.getcwd())
     sys.exit(main())
+
+
+def _run_files(args: list[str]) -> int:
+    from peaknet_predict.run_files import add_run_options, predict_words
+
+    parser = _parser("run", "Find the peaks of files and write CXI files, on this machine.")
+    add_run_options(parser)
+    words = predict_words(**_instantiated(parser, args))
+    log.info("the same as: peaknet-predict %s", shlex.join(words))
+    return _predict(words)
 
 
 def _predict(args: list[str] | None) -> int:
@@ -128,7 +135,7 @@ def _trainer_errors() -> Iterator[None]:
     except MisconfigurationException as error:  # most often a GPU that is not there
         raise ValueError(
             f"the trainer cannot be made: {str(error).strip().rstrip('.!')}. `peaknet-predict "
-            "doctor` says what this machine has; -c configs/topology/cpu.yaml needs no GPU"
+            "doctor` says what this machine has; -c topology/cpu needs no GPU"
         ) from error
 
 
@@ -137,7 +144,7 @@ def _export(args: list[str]) -> int:
 
     parser = _parser("export", "Write the network of a checkpoint as a weight file for predict.")
     parser.add_function_arguments(export_weights)
-    export_weights(**_instantiated(parser, args))
+    export_weights(**_configured(parser, args))
     return 0
 
 
@@ -146,7 +153,7 @@ def _feed(args: list[str]) -> int:
 
     parser = _parser("feed", "Push events into an input queue and mark the end of the stream.")
     parser.add_function_arguments(feed)
-    report = feed(**_instantiated(parser, args))
+    report = feed(**_configured(parser, args))
     log.info("%s%s", report, "; interrupted" if report.interrupted else "")
     return EXIT_INCOMPLETE if report.interrupted else 0
 
@@ -156,7 +163,7 @@ def _write_cxi(args: list[str]) -> int:
 
     parser = _parser("write-cxi", "Write results from an output queue to CXI files.")
     parser.add_function_arguments(write_cxi)
-    report = write_cxi(**_instantiated(parser, args))
+    report = write_cxi(**_configured(parser, args))
     log.info("%s%s", report, "; interrupted" if report.interrupted else "")
     for producer, reason in report.failures.items():
         log.error("the stream is incomplete: %s ended early (%s)", producer, reason)
@@ -164,24 +171,43 @@ def _write_cxi(args: list[str]) -> int:
     return 0 if whole else EXIT_INCOMPLETE
 
 
+def _configs(args: list[str]) -> int:
+    from peaknet_predict.named_configs import configs
+
+    parser = _parser("configs", "List the configurations that ship, show one, or copy it.")
+    parser.add_argument("name", nargs="?", help="the one to show or to copy")
+    parser.add_argument("-o", "--output", metavar="FILE", help="copy it there")
+    configs(**_instantiated(parser, args))
+    return 0
+
+
 def _doctor(args: list[str]) -> int:
     from peaknet_predict.doctor import doctor
 
     parser = _parser("doctor", "Check what a run needs, and say what to do about what is found.")
     parser.add_function_arguments(doctor)
-    return EXIT_FAILED if doctor(**_instantiated(parser, args)) else 0
+    return EXIT_FAILED if doctor(**_configured(parser, args)) else 0
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"peaknet-predict {command}", description=description)
+    from peaknet_predict.complaints import OneSentence
+
+    return OneSentence(prog=f"peaknet-predict {command}", description=description)
+
+
+def _configured(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
+    """Parse options that a YAML file may hold too."""
     parser.add_argument("-c", "--config", action="config", help="a YAML file with these options")
-    return parser
+    settings = _instantiated(parser, args)
+    settings.pop("config", None)
+    return settings
 
 
 def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
+    from peaknet_predict.config_files import refuse_duplicate_keys
+
     refuse_duplicate_keys(args)
     settings: dict[str, Any] = parser.instantiate(parser.parse_args(args)).as_dict()
-    settings.pop("config", None)
     return settings
 
 

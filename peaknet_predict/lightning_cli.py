@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -15,8 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from peaknet_predict.config_files import refuse_duplicate_keys
+from peaknet_predict.complaints import OneSentence
+from peaknet_predict.config_files import ConfigurationError, refuse_duplicate_keys
 from peaknet_predict.module import PeakNetModule
+from peaknet_predict.named_configs import NamedConfig
 from peaknet_predict.output_options import (
     add_output_options,
     apply_output_options,
@@ -39,25 +42,63 @@ _HARMLESS_WARNINGS = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Batches are made where the queue is read; worker processes would only copy them.
     r"The '\w+_dataloader' does not have many workers",
+    # `run` puts its options into words for `predict`.
+    "LightningCLI's args parameter is intended",
 )
 
 
-class PredictCLI(LightningCLI):
-    """Lightning's command line, cut down to prediction on streams."""
+class _Parser(OneSentence, LightningArgumentParser):
+    """Lightning's parser, which ends with one sentence."""
 
-    exit_code = 0
 
-    def __init__(self, args: Sequence[str] | None) -> None:
+class _OurCLI(LightningCLI):
+    """What `predict` and `fit` share: configurations by name, and errors in one sentence."""
+
+    def __init__(self, args: Sequence[str] | None, **settings: Any) -> None:
         self._words = list(sys.argv[1:] if args is None else args)
         refuse_duplicate_keys(self._words)
         for harmless in _HARMLESS_WARNINGS:
             warnings.filterwarnings("ignore", message=harmless)
+        shown = ["--help" if word == "--help-all" else word for word in self._words]
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "peaknet-predict"},
+            args=None if shown == sys.argv[1:] else shown,
+            **settings,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose ``-c`` knows the configurations that ship."""
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=NamedConfig, help="a configuration: name or YAML file"
+        )
+        return parser
+
+    def _refuse_data_without(self, loader: str, other_command: str) -> None:
+        """Refuse data for another command than this one."""
+        class_path = self.config[self.subcommand].data.class_path
+        module, _, name = class_path.rpartition(".")
+        if not is_overridden(loader, getattr(import_module(module), name), LightningDataModule):
+            raise ConfigurationError(
+                f"a configuration for {other_command} was given to {self.subcommand}: the data "
+                f"would come from {name}, which has no {loader}"
+            )
+
+
+class PredictCLI(_OurCLI):
+    """Lightning's command line, cut down to prediction on streams."""
+
+    exit_code = 0
+
+    def __init__(self, args: Sequence[str] | None) -> None:
+        super().__init__(
+            args,
             seed_everything_default=False,
             save_config_callback=None,
             trainer_defaults={
@@ -69,7 +110,6 @@ class PredictCLI(LightningCLI):
                 "enable_progress_bar": False,
                 "use_distributed_sampler": False,
             },
-            args=None if args is None else list(args),
         )
 
     @staticmethod
@@ -83,23 +123,22 @@ class PredictCLI(LightningCLI):
         return {"predict": hidden | {"ckpt_path", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Predict with a `PeakNetModule`, unless a configuration names another class."""
-        _default_model(parser, "peaknet_predict.module.PeakNetModule")
+        """Predict events of a queue with a `PeakNetModule`, unless other classes are named."""
+        _default_class(parser, "model", "peaknet_predict.module.PeakNetModule")
+        _default_class(parser, "data", "peaknet_predict.data.QueueDataModule")
         add_output_options(parser)
 
     def before_instantiate_classes(self) -> None:
         """Put the options of the output where they belong."""
+        self._refuse_data_without("predict_dataloader", "fit")
         config = self.config[self.subcommand]
-        try:
-            apply_output_options(config.output, config.trainer.callbacks)
-        except ValueError as error:
-            self.parser.error(str(error))
+        apply_output_options(config.output, config.trainer.callbacks)
 
     def before_predict(self) -> None:
         """Refuse a run without a writer or with random weights before anything is started."""
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(one, BasePredictionWriter) for one in callbacks):
-            self.parser.error(
+            raise ConfigurationError(
                 "no QueueWriter among trainer.callbacks: results would go nowhere. A list of "
                 "callbacks in a later -c, or --trainer.callbacks, replaces the whole list: name "
                 "the QueueWriter there too, or add to the list with callbacks+"
@@ -145,19 +184,12 @@ class PredictCLI(LightningCLI):
         )
 
 
-class FitCLI(LightningCLI):
+class FitCLI(_OurCLI):
     """Lightning's command line, cut down to training."""
 
     def __init__(self, args: Sequence[str] | None) -> None:
-        refuse_duplicate_keys(sys.argv[1:] if args is None else args)
-        for harmless in _HARMLESS_WARNINGS:
-            warnings.filterwarnings("ignore", message=harmless)
         super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
+            args,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 # Nothing has been averaged before the first step, and validation takes its time.
@@ -165,7 +197,6 @@ class FitCLI(LightningCLI):
                 # The data give every process batches of its own.
                 "use_distributed_sampler": False,
             },
-            args=None if args is None else list(args),
         )
 
     @staticmethod
@@ -177,10 +208,11 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Train a `PeakNetTraining`, unless a configuration names another class."""
-        _default_model(parser, _TRAINING)
+        _default_class(parser, "model", _TRAINING)
 
     def before_instantiate_classes(self) -> None:
         """Expand the paths that Lightning takes: it knows ``~``, but no variables."""
+        self._refuse_data_without("train_dataloader", "predict")
         config = self.config[self.subcommand]
         for key in ("trainer.default_root_dir", "ckpt_path"):
             if config.get(key) is not None:
@@ -201,9 +233,9 @@ class FitCLI(LightningCLI):
 _TRAINING = "peaknet_predict.training.module.PeakNetTraining"
 
 
-def _default_model(parser: LightningArgumentParser, class_path: str) -> None:
-    """Let a network's configuration serve ``predict`` and ``fit`` alike: it names no class."""
-    parser.set_defaults({"model": {"class_path": class_path}})
+def _default_class(parser: LightningArgumentParser, key: str, class_path: str) -> None:
+    """Let a configuration leave the class out: a network's then serves ``predict`` and ``fit``."""
+    parser.set_defaults({key: {"class_path": class_path}})
 
 
 class _Started(L.Callback):

@@ -13,12 +13,18 @@ from typing import TypedDict, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from peaknet_predict.config_files import ConfigurationError
 from peaknet_predict.queues import QueueAddress
 
 # The keys of a queue's address, none of them required. Made from its fields, not a copy of them.
 _QueueKeys = TypedDict("_QueueKeys", get_type_hints(QueueAddress), total=False)  # type: ignore[misc]
 
-_TAKEN_BY = {"queue": "QueueWriter", "directory": "CxiOutput", "min_peaks": "CxiOutput"}
+_TAKEN_BY = {
+    "queue": "QueueWriter",
+    "balance": "QueueWriter",
+    "directory": "CxiOutput",
+    "min_peaks": "CxiOutput",
+}
 
 
 def add_output_options(parser: ArgumentParser) -> None:
@@ -28,6 +34,12 @@ def add_output_options(parser: ArgumentParser) -> None:
         type=_QueueKeys | None,
         default=None,
         help="values of the output queue, as --output.queue.name NAME; of QueueWriter",
+    )
+    parser.add_argument(
+        "--output.balance",
+        type=str | None,
+        default=None,
+        help="file for the record of the run; of QueueWriter",
     )
     parser.add_argument(
         "--output.directory",
@@ -57,7 +69,7 @@ def apply_output_options(
 
     Raises
     ------
-    ValueError
+    ConfigurationError
         If not exactly one of the callbacks takes an option.
     """
     listed = listed_callbacks(callbacks)
@@ -67,18 +79,31 @@ def apply_output_options(
         takers = [callback for callback in listed if _takes(callback.class_path, option)]
         if len(takers) != 1:
             name = _TAKEN_BY[option]
-            raise ValueError(
+            raise ConfigurationError(
                 f"output.{option} is for one {name}, and trainer.callbacks has {len(takers)}: "
                 f"{_names(listed)}. "
-                + ("Add one (see configs/demo.yaml)" if not takers else "Set the values there")
+                + (
+                    "Add one (see `peaknet-predict configs demo`)"
+                    if not takers
+                    else "Set the values there"
+                )
                 + (", or run write-cxi, which has this option too" if name == "CxiOutput" else "")
             )
         arguments = takers[0].init_args
+        if option == "min_peaks":
+            _count_hits_from(value, listed)
         if option == "queue":
             for key, one in value.items():
                 arguments.queue[key] = one
         else:
             arguments[option] = value
+
+
+def _count_hits_from(min_peaks: int, callbacks: Iterable[Namespace]) -> None:
+    """Let the log call a hit what is written."""
+    for callback in callbacks:
+        if "min_hit_peaks" in callback.init_args:
+            callback.init_args.min_hit_peaks = min_peaks
 
 
 def listed_callbacks(callbacks: Iterable[Namespace] | Namespace | None) -> list[Namespace]:
@@ -89,8 +114,8 @@ def listed_callbacks(callbacks: Iterable[Namespace] | Namespace | None) -> list[
 def _takes(class_path: str, option: str) -> bool:
     module, _, name = class_path.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    if option == "queue":
-        return "queue" in parameters
+    if option in ("queue", "balance"):
+        return {"queue", "balance"} <= set(parameters)
     return {"directory", "min_peaks"} <= set(parameters)
 
 

@@ -24,7 +24,7 @@ def doctor(
     Parameters
     ----------
     configs
-        Configurations of `predict` or `fit`, as they would be given with ``-c``: parsed together,
+        Configurations of `predict` or `fit`, by name or path as for ``-c``: parsed together,
         and everything in them is made (weights are loaded), but nothing runs.
     address
         A Ray cluster to join: ``auto`` or ``host:port``.

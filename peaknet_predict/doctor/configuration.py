@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from peaknet_predict.complaints import innermost
+from peaknet_predict.config_files import ConfigurationError
 from peaknet_predict.doctor.finding import Finding
+from peaknet_predict.named_configs import find_config
 from peaknet_predict.sources import EventSource
 
 _OURS = {"peaknet_predict"}
@@ -84,24 +85,20 @@ def check_configuration(config: list[str]) -> Iterator[Finding]:
         def fit(self, **kwargs: object) -> None:
             pass
 
-    words = [word for path in config for word in ("-c", path)]
-    said = io.StringIO()
     trains = False
     try:
-        trains = _trains(config)
-        with contextlib.redirect_stderr(said):
-            cli = Training(["fit", *words]) if trains else Prediction(["predict", *words])
-            model = cli.model
-    except SystemExit:
-        problem = next(
-            (line for line in reversed(said.getvalue().splitlines()) if line.strip()), "see above"
-        )
-        yield Finding("FAIL", f"{' + '.join(config)}: {problem.strip()}")
+        paths = [find_config(one) for one in config]
+        words = [word for path in paths for word in ("-c", path)]
+        trains = _trains(paths)
+        cli = Training(["fit", *words]) if trains else Prediction(["predict", *words])
+        model = cli.model
+    except (ConfigurationError, OSError, ValueError) as error:
+        yield Finding("FAIL", f"{' + '.join(config)}: {innermost(str(error))}")
     except Exception as error:
         yield Finding("FAIL", f"{' + '.join(config)}: {type(error).__name__}: {error}")
     else:
         yield Finding("ok", f"{' + '.join(config)}: parsed, network and data could be made")
-        yield from _check_code(config)
+        yield from _check_code(paths)
         yield from _check_source(getattr(cli.datamodule, "source", None))
         if not trains and isinstance(model, PeakNetModule) and model.provenance.is_random:
             yield Finding(

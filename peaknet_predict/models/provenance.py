@@ -79,7 +79,7 @@ class Provenance:
             raise ValueError(
                 f"{self._network} has no weights: its parameters are random, and its peaks would "
                 "be, too. Give a weight file as model.init_args.net.init_args.weights or "
-                "model.init_args.weights (configs/models/peaknet_small.yaml has one); to try "
+                "model.init_args.weights (-c models/peaknet_small has one); to try "
                 "something out with random parameters, set model.init_args.random_weights: true"
             )
 

@@ -16,6 +16,8 @@ import yaml
 import peaknet_predict
 from tests.helpers.paths import CONFIGS, REPOSITORY
 
+LINKED = ("callbacks", "configs")  # folders of the repository that are links in the package
+
 PYTHON = sys.executable
 
 
@@ -57,14 +59,14 @@ def test_the_wheel_has_one_package_with_all_files_of_the_tree(wheel: Path) -> No
     version = peaknet_predict.__version__
     tops = {"peaknet_predict", f"peaknet_predict-{version}.dist-info"}
     assert {name.split("/")[0] for name in names} == tops
-    linked = ("callbacks", "configs")
-    tracked = run("git", "ls-files", "peaknet_predict", *linked, cwd=REPOSITORY).split()
+    tracked = run("git", "ls-files", "peaknet_predict", *LINKED, cwd=REPOSITORY).split()
     assert len(tracked) > 100
     expected = {
-        f"peaknet_predict/{name}" if name.startswith(linked) else name
+        f"peaknet_predict/{name}" if name.split("/")[0] in LINKED else name
         for name in tracked
-        if name not in {f"peaknet_predict/{link}" for link in linked}
+        if name not in {f"peaknet_predict/{link}" for link in LINKED}
     }
+    assert "peaknet_predict/configs/topology/one_gpu.yaml" in expected
     assert expected <= names
 
 
@@ -90,7 +92,12 @@ for name in {ours}:
     command = site / "bin" / "peaknet-predict"
     said = run(command, "--version", cwd=home, PYTHONPATH=str(site))
     assert said == f"peaknet-predict {peaknet_predict.__version__}\n"
-    configs = [CONFIGS / name for name in ("predict.yaml", "models/snr.yaml", "topology/cpu.yaml")]
-    words = [word for path in configs for word in ("-c", path)]
-    printed = run(command, "predict", *words, "--print_config", cwd=home, PYTHONPATH=str(site))
+    # Configurations by name, and a network beside them, from a folder that is not the repository.
+    (home / "my_net.py").write_text(
+        "from peaknet_predict.models import LocalSnr\nclass Net(LocalSnr): pass\n"
+    )
+    words = ("-c", "predict", "-c", "models/snr", "-c", "topology/cpu")
+    own = ("--model.init_args.net", "my_net.Net", "--print_config")
+    printed = run(command, "predict", *words, *own, cwd=home, PYTHONPATH=str(site))
     assert "peaknet_predict.callbacks.queue_writer.QueueWriter" in printed
+    assert "class_path: my_net.Net" in printed

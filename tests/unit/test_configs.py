@@ -145,15 +145,6 @@ def test_training_goes_with_every_topology(topology: Path) -> None:
     assert set(parsed) >= {"trainer", "model", "data", "ckpt_path", "seed_everything"}
 
 
-def test_an_unknown_key_is_an_error_before_anything_runs(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", "-c", str(CONFIGS / "demo.yaml"), "--data.init_args.batch_sise", "4"])
-    assert stop.value.code == 2
-    assert "batch_sise" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("model", ["snr", "peaknet_small"])
 def test_doctor_makes_everything_that_a_configuration_names(
     model: str, capsys: pytest.CaptureFixture[str]
@@ -206,11 +197,11 @@ def test_random_weights_that_are_asked_for_are_pointed_out(
 def test_predictions_that_we_recommend_have_weights(page: str) -> None:
     text = (CONFIGS.parent / page).read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if re.search(r" predict -c |CONFIGS:=", line)]
-    found = [re.findall(r"-c (configs/models/\w+\.yaml)", line) for line in lines]
+    found = [re.findall(r"-c (models/\w+)", line) for line in lines]
     assert any(found)
     for line, models in zip(lines, found, strict=True):
         for model in models:
-            parsed = yaml.safe_load((CONFIGS.parent / model).read_text())["model"]["init_args"]
+            parsed = yaml.safe_load((CONFIGS / f"{model}.yaml").read_text())["model"]["init_args"]
             settings = parsed["net"].get("init_args", {})
             assert settings.get("weights", "none needed") or "weights " in line
 

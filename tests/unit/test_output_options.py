@@ -11,6 +11,7 @@ import yaml
 
 from peaknet_predict.callbacks.cxi_output import CxiOutput
 from peaknet_predict.callbacks.queue_writer import QueueWriter
+from peaknet_predict.config_files import ConfigurationError
 from peaknet_predict.lightning_cli import PredictCLI
 from tests.helpers.paths import CONFIGS
 
@@ -64,14 +65,10 @@ def test_a_configuration_may_have_them_and_what_is_printed_is_one(tmp_path: Path
     [
         (("--output.directory", "x"), "one CxiOutput, and trainer.callbacks has 0: QueueWriter"),
         (("--output.queue.title", "x"), "title"),
-        (("--output.queue.lease_s", "soon"), "lease_s"),
+        (("--output.queue.lease_s", "soon"), "output.queue: .*soon"),
     ],
 )
-def test_what_no_callback_takes_is_refused(
-    words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_no_callback_takes_is_refused(words: tuple[str, ...], complaint: str) -> None:
     configs = ("-c", str(CONFIGS / "predict.yaml"), "-c", str(CONFIGS / "models" / "snr.yaml"))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(ConfigurationError, match=complaint):
         Parsed(["predict", *configs, *words])
-    assert ended.value.code == 2
-    assert complaint in capsys.readouterr().err

@@ -18,14 +18,29 @@ def test_callbacks_come_from_the_same_tree() -> None:
     assert Path(peaknet_predict.callbacks.__file__).resolve().parents[1] == PACKAGE.parent
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["predict", "--help"], ["fit", "-h"]])
+def test_help_is_shown_at_once(words: list[str]) -> None:
+    """What takes its time is importing these: `python -X importtime -m peaknet_predict --help`."""
+    heavy = {"torch", "ray", "lightning", "numpy", "h5py", "jsonargparse", "yaml"}
+    code = f"import sys; from peaknet_predict.cli import main; code = main({words})\n"
+    code += f"assert not code; print(*{heavy} & set(sys.modules), file=sys.stderr)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert "peaknet-predict" in ran.stdout
+    assert ran.stderr.split() == []
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
         ("peaknet_predict", {"torch", "ray", "lightning", "numpy"}),
         ("peaknet_predict.types", {"torch", "ray"}),
         ("peaknet_predict.cxi.writer", {"torch", "ray"}),
-        # So that they start, and answer --help, at once.
-        ("peaknet_predict.cli", {"torch", "ray", "lightning"}),
+        # So that `run --help`, `feed --help` and the others are there in a second.
+        ("peaknet_predict.run_files", {"torch", "ray", "lightning"}),
+        ("peaknet_predict.feed", {"torch", "ray", "lightning"}),
+        ("peaknet_predict.consume", {"torch", "ray", "lightning"}),
     ],
 )
 def test_importing_stays_light(module: str, absent: set[str]) -> None:
