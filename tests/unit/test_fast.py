@@ -596,6 +596,7 @@ def test_compiled_in_the_module_it_finds_the_same_peaks() -> None:
     assert len(eager[0]) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("on_cpu")
 def test_if_it_does_not_compile_it_runs_eagerly(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -611,7 +612,9 @@ def test_if_it_does_not_compile_it_runs_eagerly(said: Any, monkeypatch: pytest.M
     assert module._forward_pass.mode == "fast", "it was the preprocessing"
 
 
-@pytest.mark.parametrize(("compile", "warm"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("compile", "warm"), [(False, False), pytest.param(True, True, marks=pytest.mark.thorough)]
+)
 @pytest.mark.usefixtures("on_cpu")
 def test_kernels_that_fail_leave_it_to_the_plain_network(
     compile: bool, warm: bool, said: Any, monkeypatch: pytest.MonkeyPatch
