@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 class Window:
-    """The pixels around each pixel that are its background: a box without a guard in its middle.
+    """The background of each pixel: the box around it without a guard region in the middle.
 
     Parameters
     ----------
     weight
-        (N, 1, H, W) float; 1 for valid pixels, 0 for those that belong to no background.
+        (N, 1, H, W) float; 1 for pixels that count as background, 0 for others.
     radius_y, radius_x
         Pixels on each side; a radius of 0 makes the box a line.
     guard_radius
-        Pixels on each side that are left out, with the pixel itself.
+        Pixels on each side that are left out, along with the pixel itself.
     min_pixels
-        Valid pixels that make the statistics usable.
+        Least number of valid pixels for usable statistics.
 
     Attributes
     ----------
@@ -44,17 +44,17 @@ class Window:
         return box_sum(values, *self._outer) - box_sum(values, *self._guard)
 
     def mean_and_sigma(self, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, at least `floor`; `x` is 0 where it is not valid."""
+        """Return mean and standard deviation, at least `floor`; `x` must be 0 at invalid pixels."""
         powers = torch.cat([x, x.square()], dim=1)
         mean, square = (self._sum(powers) / self._divisor).chunk(2, dim=1)
         # Rounding may leave the difference below zero.
         return mean, (square - mean.square()).clamp(min=floor**2).sqrt()
 
     def clip(self, x: Tensor, mean: Tensor, sigma: Tensor, num_sigmas: float) -> Tensor:
-        """Bring `x` to within so many sigmas, where the statistics are usable."""
+        """Clip `x` to `num_sigmas` around the mean where the statistics are usable."""
         reach = num_sigmas * sigma
         clipped = torch.minimum(torch.maximum(x, mean - reach), mean + reach)
-        # Pixels that are not valid stay 0.
+        # Invalid pixels stay 0.
         return torch.where(self.usable, clipped * self._weight, x)
 
 

@@ -1,9 +1,9 @@
 """The bidirectional feature pyramid (BiFPN): features of all resolutions exchanged.
 
-Tan, Pang and Le, "EfficientDet: Scalable and Efficient Object Detection", arXiv:1911.09070,
-section 3; with the fast normalised fusion of its section 3.3. PeakNet's differs in small things
-that its weight files fix: a residual around every node, LayerNorm and GELU in place of BatchNorm
-and Swish, and "depthwise" convolutions of kernel size 1.
+Tan, Pang and Le, "EfficientDet: Scalable and Efficient Object Detection", arXiv:1911.09070, section
+3; with the fast normalised fusion of its section 3.3. PeakNet's version differs in details that its
+weight files fix: a residual around every node, LayerNorm and GELU instead of BatchNorm and Swish,
+and "depthwise" convolutions of kernel size 1.
 
 Shape legend: N panels of a batch, C channels, H rows, W columns.
 """
@@ -67,7 +67,7 @@ class BiFPNBlock(nn.Module):
         self.w_m = nn.Parameter(torch.ones(num_levels - 1, 2))
         self.w_q = nn.Parameter(torch.ones(num_levels - 1, 3))
         mask = torch.ones(num_levels - 1, 3, dtype=torch.bool)
-        # The top level's input and its middle node are one tensor: it is counted once.
+        # At the top, input and middle node are the same tensor, which counts once.
         mask[-1, 0] = False
         self.register_buffer("w_q_mask", mask)
 
@@ -97,7 +97,7 @@ class BiFPNBlock(nn.Module):
         Parameters
         ----------
         pyramid
-            From fine to coarse, each (N, C, H, W) with half the H and W of the one before.
+            From fine to coarse, each (N, C, H, W) with half the H and W of the previous one.
 
         Returns
         -------

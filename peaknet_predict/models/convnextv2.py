@@ -1,12 +1,12 @@
 """The ConvNeXtV2 backbone: an image to feature maps at strides 4, 8, 16 and 32.
 
 Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
-arXiv:2301.00808; the block without GRN is of Liu et al., "A ConvNet for the 2020s",
+arXiv:2301.00808; the block without GRN is from Liu et al., "A ConvNet for the 2020s",
 arXiv:2201.03545. Parameter names are those of the published PeakNet weight files, which follow
 Hugging Face's `ConvNextV2Backbone`.
 
 Shape legend: N panels of a batch, C channels, H rows, W columns. ``NHWC`` tensors have their
-channels last, where the linear layers of a block want them.
+channels last, as the linear layers of a block need them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Embeddings(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, behind the step down to it (the first stage has none)."""
+    """The step down to a resolution (except in the first stage) and its blocks."""
 
     def __init__(self, in_channels: int, num_channels: int, depth: int, downsample: bool) -> None:
         super().__init__()
@@ -137,13 +137,13 @@ class Stage(nn.Module):
         self.layers = nn.Sequential(*(ConvNextV2Block(num_channels) for _ in range(depth)))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Transform (N, C, H, W) features of the stage before."""
+        """Transform (N, C, H, W) features of the previous stage."""
         features_NCHW: Tensor = self.layers(self.downsampling_layer(x_NCHW))
         return features_NCHW
 
 
 class _Encoder(nn.Module):
-    """Only there for the names: weight files say ``encoder.stages``."""
+    """Exists for the names: weight files say ``encoder.stages``."""
 
     def __init__(self, hidden_sizes: Sequence[int], depths: Sequence[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""PeakNet: a segmentation network that tells Bragg peak pixels from all others.
+"""PeakNet: a segmentation network that separates Bragg peak pixels from all others.
 
 Wang et al., "PeakNet: an autonomous Bragg peak finder with deep neural networks",
 arXiv:2303.15301; this is the later network with a ConvNeXtV2 backbone (`convnextv2`), a BiFPN
@@ -28,7 +28,7 @@ class LateralLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.num_doublings = num_doublings
-        # The finest level has nothing to enlarge but is convolved all the same.
+        # The finest level needs no enlargement, but it is convolved too.
         num_layers = max(num_doublings, 1)
         self.layers = nn.ModuleList(
             nn.Sequential(
@@ -79,18 +79,18 @@ class PeakNet(nn.Module):
     learned_upsample
         Whether the last enlargement adds a transposed convolution to the bilinear resizing.
     weights
-        Weight file, see `load_weights`. Without one the parameters are random: a start for
-        training, and nothing to predict with.
+        Weight file, see `load_weights`. Without one the parameters are random: fit for training,
+        not for prediction.
 
     Attributes
     ----------
     weights_sha256
         SHA-256 of the weight file in hexadecimal; None while the parameters are random.
     weight_aliases
-        Beginnings of parameters' names in the reference's weight files, where they differ.
+        Prefixes of parameter names in the reference's weight files, where they differ.
     size_multiple
-        Pixels of which H and W must be multiples: the stride of the coarsest level, 32 for four
-        stages. Otherwise a level is not half as large as the one below and they cannot be added.
+        H and W must be multiples of this: the stride of the coarsest level, 32 for four stages.
+        Otherwise a level would not be half as large as the one below, and they could not be added.
 
     Raises
     ------
@@ -127,7 +127,7 @@ class PeakNet(nn.Module):
             nn.Conv2d(size, bifpn_features, kernel_size=1) for size in hidden_sizes
         )
         self.bifpn = BiFPN(bifpn_features, len(hidden_sizes), bifpn_blocks, bifpn_base_level)
-        # Each stage halves the resolution once more than the one before.
+        # Each stage halves the resolution once more.
         self.seg_lateral_layers = nn.ModuleList(
             LateralLayer(bifpn_features, head_channels, head_groups, num_doublings=level)
             for level in range(len(hidden_sizes))
@@ -210,7 +210,7 @@ class PeakNet(nn.Module):
             [adapt(x) for adapt, x in zip(self.backbone_to_bifpn, features, strict=True)]
         )
         laterals = [layer(x) for layer, x in zip(self.seg_lateral_layers, pyramid, strict=True)]
-        # From coarse to fine, the order in which the reference adds: the last bits agree with it.
+        # From coarse to fine, as the reference adds them, so that even the last bits agree.
         summed_NCHW: Tensor = laterals[-1]
         for lateral_NCHW in reversed(laterals[:-1]):
             summed_NCHW = summed_NCHW + lateral_NCHW

@@ -1,9 +1,9 @@
-"""A peak finder without weights: pixels that stand far enough above their local background.
+"""A peak finder without weights: it finds pixels far enough above their local background.
 
-The idea is that of the threshold finders of the field (peakfinder8 in Cheetah, Barty et al.,
-J. Appl. Cryst. 47 (2014) 1118; "dispersion" in DIALS, Winter et al., Acta Cryst. D74 (2018) 85):
+The idea is that of the threshold finders of the field (peakfinder8 in Cheetah, Barty et al., J.
+Appl. Cryst. 47 (2014) 1118; "dispersion" in DIALS, Winter et al., Acta Cryst. D74 (2018) 85):
 compare a pixel with the mean and standard deviation of its surroundings. Beamtimes start with it,
-and a network should beat it. It stands in for a network: panels in, logits per pixel out.
+and a network should beat it. It takes the place of a network: panels in, logits per pixel out.
 
 Shape legend: N panels of a batch, C channels, H rows, W columns.
 """
@@ -24,7 +24,7 @@ _CLIP = 6.0
 hardly move the background. Less would also clip single photons on an almost empty background."""
 
 _SUPPORT_CAP = 5.0
-"""Sigmas that a neighbour adds to a pixel's support at most, so that one hot neighbour is not
+"""Most sigmas that one neighbour adds to a pixel's support, so that one hot neighbour is not
 enough."""
 
 _HOT_SIGMAS, _HOT_SPREAD = 20.0, 0.25
@@ -75,7 +75,7 @@ class LocalSnr(nn.Module):
     box_radius
         The box has ``2 * box_radius + 1`` pixels along each edge.
     guard_radius
-        As many pixels on each side of the pixel, and itself, are left out of its background.
+        The pixel and this many pixels on each side are left out of its background.
     line_radius
         Pixels on each side that are the background along the row and along the column.
     min_background_pixels
@@ -211,7 +211,7 @@ class LocalSnr(nn.Module):
         capped_sum, count, excess = neighbours.chunk(3, dim=1)
         support = capped_sum * count.clamp(min=1.0).rsqrt()
         seed = torch.minimum(snr - self.threshold, support - self.min_support)
-        # Not the hot pixel alone: those into which its charge bleeds have it as a neighbour.
+        # Besides the hot pixel, those into which its charge bleeds: it is their neighbour.
         hot = (snr > _HOT_SIGMAS) & (excess < _HOT_SPREAD * snr)
         near_hot = F.max_pool2d(hot.float(), kernel_size=3, stride=1, padding=1)
         return torch.where(near_hot > 0, _NEVER, seed)

@@ -1,7 +1,7 @@
 """Load a weight file into a network, completely or not at all.
 
-A network that was loaded in part still runs and gives plausible peaks; so everything is checked
-before the first parameter is written, and each error names the tensors it is about.
+A partly loaded network still runs and gives plausible peaks. So everything is checked before the
+first parameter is written, and each error names the tensors concerned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
 """Keys under which training programs put the state dict beside their own state."""
 
 _PREFIXES = ("_orig_mod.", "module.")
-"""What `torch.compile` and `DistributedDataParallel` put before every name."""
+"""Prefixes that `torch.compile` and `DistributedDataParallel` add to every name."""
 
 _MAX_NAMES = 10
 
@@ -52,8 +52,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         the path of a ``.safetensors``, or of a ``.pt`` / ``.pth`` with a state dict of tensors,
         bare or under one of the keys ``model``, ``state_dict``, ``module`` and
         ``model_state_dict``. Prefixes ``_orig_mod.`` and ``module.`` that all names share are
-        removed. A model may have an attribute ``weight_aliases``, a dict of beginnings of names in
-        other programs' files and what takes their place.
+        removed. A model may have an attribute ``weight_aliases``, a dict of prefixes of names in
+        other programs' files and their replacements.
 
     Returns
     -------
@@ -89,8 +89,8 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
 def stored_threshold(path: str | Path) -> float | None:
     """Return the operating point that a weight file asks for; None if it says nothing.
 
-    That is what `peaknet-predict export` has measured and could not make part of the weights: the
-    log odds above which a pixel is a peak.
+    `peaknet-predict export` writes it where it cannot be part of the weights: the log odds above
+    which a pixel is a peak.
 
     Raises
     ------
@@ -176,7 +176,7 @@ def _strip_prefixes(
     stripped = ""
     while True:
         prefix = next((p for p in _PREFIXES if tensors and _all_start_with(tensors, p)), None)
-        # A network that is itself wrapped wants the prefix.
+        # A network that is itself wrapped needs the prefix.
         if prefix is None or _all_start_with(own_names, prefix):
             break
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -189,7 +189,7 @@ def _strip_prefixes(
 def _in_own_names(
     tensors: dict[str, Tensor], own: Mapping[str, Tensor], aliases: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Give tensors that other programs name otherwise the model's names."""
+    """Rename tensors of other programs to the model's names."""
     renamed = {}
     for name, tensor in tensors.items():
         for beginning, ours in aliases.items():

@@ -55,14 +55,14 @@ def find_peaks(class_map_NHW: Tensor) -> PeakTable:
             f"a class map has the shape (N, H, W), not {tuple(class_map_NHW.shape)}: "
             "merge events and panels into one dimension first"
         )
-    # Each is imported where it is used: SciPy takes time to load, CuPy may not be installed.
+    # Each is imported where it is used: SciPy takes time to load, and CuPy may not be installed.
     if class_map_NHW.device.type == "cuda":
         from peaknet_predict.peaks.finder import PeakFinder
 
         if class_map_NHW.numel() == 0:
             none = np.zeros(0, dtype=np.int64)
             return PeakTable.from_sums(none, none, none, none)
-        # Made for this one map; who has one batch after another keeps a finder.
+        # Made for a single map; for many batches, keep a finder.
         panels, height, width = class_map_NHW.shape
         finder = PeakFinder(panels, height, width, device=class_map_NHW.device)
         return finder.enqueue(class_map=class_map_NHW.detach()).table()

@@ -1,4 +1,4 @@
-"""The device's side of `PeakFinder`: its memory there, and the kernels of a batch in order.
+"""The device side of `PeakFinder`: its memory, and the kernels of a batch in order.
 
 Shape legend: N panels of a batch, H rows and W columns of a panel, K peaks of a panel for which a
 table has room.
@@ -28,7 +28,7 @@ SHARED_GROUP_BYTES = 4 * 2 + 2 * GROUP
 LARGE_GROUP_WORDS = 2 + GROUP
 
 ROOM_BYTES = 192 * 2**20
-"""Most device memory for panels with too many pieces; one without room of its own waits for it."""
+"""Most device memory for panels with too many pieces; panels without room wait for it."""
 
 GEOMETRY, WITH_INTENSITY = 3, 5
 """Columns of a table: num_pixels, sum_y, sum_x; then intensity_sum and intensity_max."""

@@ -1,4 +1,4 @@
-"""Which of the peaks found are which of those known to be there."""
+"""Matching of peaks that were found with known peaks."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from peaknet_predict.types import Peaks
 STRUCTURE_333: npt.NDArray[np.bool_] = np.zeros((3, 3, 3), dtype=np.bool_)
 """(3, 3, 3) bool: which neighbours (panel, y, x) of a pixel belong to the same component.
 
-The eight neighbours within the panel and nothing in the panels before and after: so one call labels
-a whole batch, and components of neighbouring panels never join.
+The eight neighbours within the panel and none in other panels: so one call labels a whole batch,
+and components of neighbouring panels never join.
 """
 STRUCTURE_333[1] = True
 STRUCTURE_333.setflags(write=False)
@@ -70,7 +70,7 @@ class PeakTable:
         return cls(panel=panel, y=sum_y / num_pixels, x=sum_x / num_pixels, num_pixels=num_pixels)
 
     def split(self, panels_per_event: int, num_events: int) -> list[Peaks]:
-        """Give each event of the batch its peaks.
+        """Split the peaks by the events of the batch.
 
         Parameters
         ----------

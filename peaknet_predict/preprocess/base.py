@@ -1,4 +1,4 @@
-"""What every step of the preprocessing is.
+"""The base of all preprocessing steps.
 
 Shape legend: B events, P panels of an event, H rows, W columns, M peaks.
 """
@@ -14,7 +14,7 @@ Shape = tuple[int, int, int]
 
 
 class Transform(nn.Module):
-    """One step of the preprocessing; as it stands, the step that changes nothing.
+    """One step of the preprocessing. This one changes nothing.
 
     Subclasses override what they change.
     """
@@ -24,7 +24,7 @@ class Transform(nn.Module):
         return images_BPHW, valid_BPHW
 
     def output_shape(self, shape_PHW: Shape) -> Shape:
-        """Return what becomes of an event of this shape.
+        """Return the output shape for an event of this shape.
 
         Raises
         ------

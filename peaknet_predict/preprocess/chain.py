@@ -23,7 +23,7 @@ from peaknet_predict.types import Peaks
 
 
 class Prepared(NamedTuple):
-    """What the network gets.
+    """The network's input.
 
     Attributes
     ----------
@@ -34,8 +34,8 @@ class Prepared(NamedTuple):
     bad_BPHW
         (B, P, H, W) bool; True where a pixel of the original frame is bad.
     bad_pixels_B, outliers_B
-        (B,) int64: how many bad pixels each event has, and how many of them only the rest of the
-        event gave away (`find_outliers`).
+        (B,) int64: how many bad pixels each event has, and how many of them were found only by
+        comparison with the rest of the event (`find_outliers`).
     """
 
     images_N1HW: Tensor
@@ -66,14 +66,14 @@ class Preprocess(nn.Module):
         Whether panels are cut into patches, so that peaks are to be found in what `join` returns: a
         peak on a seam would be one in each patch.
     outlier_report
-        For whoever learns how many outliers an event has.
+        Told how many outliers each event has.
     saturation_report
         For whoever learns which of an event's pixels are bad.
 
     Raises
     ------
     ValueError
-        If the transforms stand in an order that gives the network something else.
+        If the order of the transforms gives the network something else.
     """
 
     def __init__(self, transforms: list[Transform], validity: Validity | None = None) -> None:
@@ -108,8 +108,9 @@ class Preprocess(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return float32 images and the mask of their valid pixels, see `Validity.forward`.
 
-        The only step that depends on the dtype: what is compiled begins after it, or it would be
-        compiled anew for every dtype. Raw counts of 2 or 4 bytes travel to the device up to here.
+        This is the only step that depends on the dtype. The compiled part begins after it;
+        otherwise it would be compiled again for every dtype. Raw counts of 2 or 4 bytes travel to
+        the device as they are.
         """
         if counts_BPHW.ndim != 4:
             raise ValueError(
@@ -128,7 +129,7 @@ class Preprocess(nn.Module):
         valid_BPHW = ~bad_BPHW
         for transform in self.transforms:
             images_BPHW, valid_BPHW = transform(images_BPHW, valid_BPHW)
-        # Without a norm bad pixels are still there.
+        # Without a norm, bad pixels are still NaN.
         images_N1HW = torch.where(images_BPHW.isnan(), 0.0, images_BPHW)
         over = (1, 2, 3)
         return Prepared(
@@ -136,14 +137,14 @@ class Preprocess(nn.Module):
         )
 
     def move(self, values_BPHW: Tensor, fill: int) -> Tensor:
-        """Move values that belong to pixels, labels say, to where the pixels go.
+        """Move values that belong to pixels, such as labels, to where the pixels go.
 
         Parameters
         ----------
         values_BPHW
             (B, P, H, W) of any dtype.
         fill
-            Value of what is padding.
+            Value of the padding.
 
         Returns
         -------
@@ -211,7 +212,7 @@ class Preprocess(nn.Module):
         -------
         peaks, keep_M
             The peaks of the original frame, (sum of keep_M, 3) float64; and (M,) bool, which of the
-            given ones they are. Left out are peaks whose centre lies in padding.
+            given ones they are. Peaks whose centre lies in the padding are left out.
         """
         peaks_M3 = np.asarray(peaks_M3, dtype=np.float64).reshape(-1, 3)
         input_shapes = self._shapes(input_shape_PHW)[:-1]

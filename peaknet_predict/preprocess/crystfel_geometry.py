@@ -1,6 +1,6 @@
 """Bad pixels from a CrystFEL geometry file.
 
-Only what says which pixels are bad is read, as crystfel_geometry(5) describes it: panels and their
+Only settings about bad pixels are read, as crystfel_geometry(5) describes them: panels and their
 place in the data, ``no_index``, ``mask_edge_pixels``, bad regions, masks in files of their own,
 ``flag_lessthan``, ``flag_morethan`` and ``flag_equal``. The library for the format, cfel_fmt, needs
 pandas, is under the GPL, and stops at units behind numbers, which CrystFEL's own examples have.
@@ -24,7 +24,7 @@ from peaknet_predict.preprocess.validity import StaticMask
 Mask = npt.NDArray[np.bool_]
 Index = tuple[int | slice, ...]
 LoadMask = Callable[[Path, str], npt.NDArray[np.integer]]
-"""Reads a dataset of a mask's file."""
+"""Reads a dataset of a mask file."""
 
 _NUMBER = re.compile(r"[+-]?(0x[0-9a-f]+|(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 _TERM = re.compile(r"([+-]?)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?\s*([xyz])", re.IGNORECASE)
@@ -35,7 +35,7 @@ _FLAGS = ("flag_lessthan", "flag_morethan", "flag_equal")
 
 
 class _Panel:
-    """A panel's settings: defaults from above it in the file, and its own."""
+    """A panel's settings: its own, and the defaults above it in the file."""
 
     def __init__(self, name: str, defaults: dict[str, str], flags: set[tuple[str, float]]) -> None:
         self.name = name
@@ -73,7 +73,7 @@ class _Panel:
 
 
 def read_geometry_mask(path: Path, load_mask: LoadMask) -> StaticMask:
-    """Read what a geometry file says about bad pixels; pixels of no panel are bad.
+    """Read bad pixels from a geometry file; pixels that belong to no panel are bad.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def read_geometry_mask(path: Path, load_mask: LoadMask) -> StaticMask:
     Raises
     ------
     ValueError
-        If something about bad pixels cannot be understood, or differs between panels where it must
+        If a setting about bad pixels cannot be understood, or differs between panels where it must
         not; the message names the file.
     OSError
         If the file or a mask cannot be read.
@@ -201,7 +201,7 @@ def _mark_masks(
             continue
         if "%" in location:
             raise ValueError(f"mask {location} is one for each event; only static ones are read")
-        # Relative to the working directory, as for CrystFEL; or beside the geometry.
+        # Relative to the working directory, as in CrystFEL; or beside the geometry.
         found = Path(file) if Path(file).exists() else path.parent / file
         values = load_mask(found, location)
         if values.shape == (1, *shape):
@@ -217,7 +217,7 @@ def _mark_masks(
 def _mark_region(
     name: str, settings: dict[str, str], panel: _Panel, bad_SF: Mask, only: bool
 ) -> None:
-    """Mark what lies in a bad region, in pixels of the data or in the laboratory's x and y."""
+    """Mark the pixels in a bad region, given in pixels of the data or in laboratory x and y."""
     kinds = {key[4:] for key in settings if key[:4] in ("min_", "max_")}
     if kinds not in ({"fs", "ss"}, {"x", "y"}):
         raise ValueError(f"{name} needs min_ and max_ of fs and ss, or of x and y")

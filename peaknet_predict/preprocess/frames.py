@@ -1,4 +1,4 @@
-"""Steps that move pixels and change none: crop, pad, cut into patches, merge panels.
+"""Steps that move pixels without changing them: crop, pad, cut into patches, merge panels.
 
 Shape legend: B events, P panels of an event, H rows, W columns, M peaks.
 """
@@ -46,8 +46,8 @@ class Crop(_Window):
     height, width
         Pixels to keep.
     style
-        'top-left' keeps rows and columns from 0; 'center' cuts equally on both sides (of an odd
-        number of pixels one more at the bottom and right).
+        'top-left' keeps rows and columns from 0; 'center' cuts equally on both sides (with an odd
+        number of pixels, one more at the bottom and right).
     allow_crop
         Whether pixels may be left out, and their peaks with them. By default panels larger than the
         crop are an error, and their events are refused.
@@ -101,8 +101,8 @@ class Pad(_Window):
     height, width
         Pixels of the enlarged panel.
     style
-        'center' adds equally on both sides (of an odd number of pixels one more at the bottom and
-        right); 'bottom-right' adds there only.
+        'center' adds equally on both sides (with an odd number of pixels, one more at the bottom
+        and right); 'bottom-right' adds there only.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class PadToMultiple(Transform):
 
 
 class Patchify(Transform):
-    """Cut every panel into patches without overlap, each a panel of its own from then on.
+    """Cut every panel into patches without overlap; each patch is a panel from then on.
 
     Panels are filled up with zeros (invalid pixels) at the bottom and right to whole patches. The
     patches of a panel follow one another in raster order.

@@ -24,7 +24,7 @@ def triton_steps(images: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _load() -> ModuleType | None:
-    # Where it is used: Triton may not be installed.
+    # Imported where it is used: Triton may not be installed.
     try:
         from peaknet_predict.preprocess import triton_steps
     except ImportError as error:

@@ -21,7 +21,7 @@ class InstanceNorm(Transform):
 
     ``(x - mean) / sqrt(var + eps)`` with the biased variance, in float32. Bad pixels, which are NaN
     by then, take no part and become 0, the mean. Padded pixels do take part, with the value 0,
-    because the weights were trained like that.
+    because the weights were trained that way.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ class InstanceNorm(Transform):
 
 
 _MIN_OF_TYPICAL = 0.1
-"""Lower bound of a pixel's sigma, as a share of its panel's typical one. A shadow or a dead region
-has little noise, which must not be blown up."""
+"""Lower bound of a pixel's sigma, as a fraction of its panel's typical sigma. A shadow or a dead
+region has little noise, which must not be blown up."""
 
 _MIN_PER_QUANTUM = 0.45
 """Lower bound of sigma in steps of the counts (photons). Where there are fewer than 0.2 photons a
@@ -68,7 +68,7 @@ _MIN_SHARE_OF_BLOCK = 0.25
 """Share of its pixels that must be valid for a block to count."""
 
 _LINEAR_SIGMAS = 4.0
-"""Up to here the output is in sigmas; beyond it grows with their logarithm."""
+"""Up to here the output is in sigmas; beyond, it grows with their logarithm."""
 
 
 class LocalNorm(Transform):
@@ -113,13 +113,13 @@ class LocalNorm(Transform):
                 background_N2hw, scale_factor=self.block, mode="bilinear", align_corners=False
             )[..., : size[0], : size[1]]
         ).unbind(1)
-        # Without any noise there is no excess either: of a panel that is one constant, all is 0.
+        # Without noise there is no excess either: a constant panel becomes 0.
         z_NHW = torch.where(sigma_NHW > 0, (x_NHW - mean_NHW) / sigma_NHW, 0.0)
         z_BPHW = _compressed(z_NHW).view(images_BPHW.shape)
         return torch.where(usable_BPHW, z_BPHW, 0.0), valid_BPHW
 
     def _in_kernels(self, steps: Any, images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
-        """Do the same on a GPU in two passes over the pixels."""
+        """Do the same on a GPU, in two passes over the pixels."""
         least = _MIN_SHARE_OF_BLOCK * self.block**2
         mean, variance, step, known = steps.block_statistics(
             images_BPHW, valid_BPHW, self.block, least

@@ -1,7 +1,7 @@
-"""Pixels whose counts no measurement explains, found by comparing them with the rest of the event.
+"""Outliers: pixels with impossible counts, found by comparison with the rest of the event.
 
-A stuck pixel of 1e9 among counts of 5 has no mark that tells it from a measurement. By itself it
-would make the standard deviation of an event of a million pixels 1e6, and flatten everything else.
+A stuck pixel of 1e9 among counts of 5 carries no mark. Alone it would raise the standard deviation
+of an event of a million pixels to 1e6, and flatten everything else.
 
 Shape legend: B events, P panels of an event, H rows, W columns, S pixels of a sample.
 """
@@ -25,9 +25,9 @@ _RANGE = 2.0**22
 have the widest range that we know: a PILATUS counts 2**20 photons in a pixel."""
 
 _NEIGHBOURS = 1000.0
-"""A pixel stands alone if its distance is so many times its eight neighbours' mean one. The point
-spread of every sensor gives them more: in a PILATUS frame with spots of 1e6 counts no pixel has 100
-times its neighbours' distance, and in CSPAD frames only stuck pixels have."""
+"""A pixel stands alone if its distance is this many times the mean of its eight neighbours'. The
+point spread of every sensor gives them more: in a PILATUS frame with spots of 1e6 counts no pixel
+has 100 times its neighbours' distance, and in CSPAD frames only stuck pixels have."""
 
 _OF_NEIGHBOURS = (1 + 8 / _NEIGHBOURS) / 9
 """The same for the mean of nine pixels, one of which is the pixel itself."""
@@ -37,11 +37,11 @@ _MIN_ALONE = 3000.0
 photon counter may leave next to nothing in its neighbours."""
 
 _IF_CONSTANT = 1000.0
-"""The typical distance where all pixels are equal: beside such a background any pixel stands
+"""The typical distance where all pixels are equal: against such a background any other pixel stands
 alone."""
 
 _SAMPLE = 2**14
-"""Pixels of each event, about, that stand for all of them."""
+"""About how many pixels of each event represent all of them."""
 
 
 def find_outliers(images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ def find_outliers(images_BPHW: Tensor, valid_BPHW: Tensor) -> Tensor:
 def _spread(images_BPHW: Tensor, valid_BPHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return each event's median and the typical distance from it, both (B, 1, 1, 1).
 
-    Typical is the median distance of the pixels that do not equal the median: noise has 0.67
-    standard deviations, sparse photons have one photon.
+    The typical distance is the median over pixels that differ from the median: 0.67 standard
+    deviations for noise, one photon for sparse photons.
     """
-    # An odd stride does not keep to every other column of an ASIC.
+    # An odd stride avoids sampling only every other column of an ASIC.
     stride = int(math.sqrt(math.prod(images_BPHW.shape[1:]) / _SAMPLE)) | 1
     valid_BS = valid_BPHW[..., ::stride, ::stride].flatten(1)
     sample_BS = images_BPHW[..., ::stride, ::stride].flatten(1)
     count_B1 = valid_BS.sum(1, keepdim=True)
-    # What is not valid comes last.
+    # Invalid pixels come last.
     sorted_BS = torch.where(valid_BS, sample_BS, torch.inf).sort(1).values
     median_B1 = _pick(sorted_BS, (count_B1 - 1) // 2)
     away_BS = torch.where(valid_BS, (sample_BS - median_B1).abs(), torch.inf)
@@ -109,20 +109,20 @@ def _spread(images_BPHW: Tensor, valid_BPHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pick(sorted_BS: Tensor, index_B1: Tensor) -> Tensor:
-    """Return one value of each row; 0 for an index before the first, the last for one too high."""
+    """Return one value per row; 0 for an index before the first, the last value beyond the end."""
     picked_B1 = sorted_BS.gather(1, index_B1.clamp(0, sorted_BS.shape[1] - 1))
     return torch.where(index_B1 >= 0, picked_B1, 0.0)
 
 
 class OutlierReport:
-    """Says in the log when pixels were left out as outliers: at the first event, the tenth, ..."""
+    """Logs that pixels were left out as outliers: at the first event, the tenth, ..."""
 
     def __init__(self) -> None:
         self._events = 0
         self._next = 1
 
     def add(self, event: EventId, pixels: int) -> None:
-        """Note an event with so many outliers."""
+        """Note an event with this many outliers."""
         self._events += 1
         if self._events < self._next:
             return

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-redef, no-untyped-def, untyped-decorator, no-untyped-call"
 """Triton kernels of the preprocessing: outliers and `LocalNorm` in few passes over the pixels.
 
-What they compute is what `outliers.py` and `norms.py` say. A program works on pixels or blocks of
-one panel; no sum uses atomics, so a repeated run gives the same bits.
+They compute what `outliers.py` and `norms.py` define. A program works on pixels or blocks of one
+panel; no sum uses atomics, so a repeated run gives the same bits.
 """
 
 # Triton reads the annotations of arguments and wants none but tl.constexpr.
@@ -45,7 +45,7 @@ def outlier_kernel(
     good = tl.load(valid + start + pixel, mask=is_pixel, other=0) != 0
     away = tl.where(good, tl.abs(counts - middle), 0.0)
     outlier = away > widest * tl.maximum(spread, 1.0)
-    # Few pixels: only theirs neighbours are read.
+    # Few pixels get here; only their neighbours are read.
     alone = away > alone_from * spread
     y, x = pixel // width, pixel % width
     total = away

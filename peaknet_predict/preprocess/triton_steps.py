@@ -1,6 +1,6 @@
 """Outliers and `LocalNorm` on a GPU; imported where there is one, and Triton.
 
-The functions take the place of pixel-wise parts of `outliers.py` and `norms.py`, with their names.
+The functions replace pixel-wise parts of `outliers.py` and `norms.py`, and have their names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pixels measured something, decided once per batch, on the device, from the raw counts.
+"""Which pixels are measurements: decided once per batch, on the device, from the raw counts.
 
 Shape legend: B events, P panels of an event, H rows, W columns, K bytes of a mask as bits.
 """
@@ -18,7 +18,7 @@ from peaknet_predict.pixels import FLOAT_LIMIT, FLOAT_SENTINELS, sentinels
 from peaknet_predict.preprocess.base import Shape
 
 BadValues = Literal["auto", "none"] | list[int | float]
-"""Values that mark bad pixels: those of the dtype, none, or those of the dtype and these."""
+"""Values that mark bad pixels: those of the dtype, none, or those of the dtype and a list."""
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 """Integers of the same width. A GPU compares no unsigned ones of 2, 4 or 8 bytes, and float32 has
@@ -33,7 +33,7 @@ _BITS = tuple(range(8))
 
 
 class StaticMask(NamedTuple):
-    """What is known about a detector's pixels beforehand.
+    """What is known in advance about a detector's pixels.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class StaticMask(NamedTuple):
 
 
 class Validity(nn.Module):
-    """Widens raw counts to float32 and says which of them are measurements.
+    """Widens raw counts to float32 and decides which of them are measurements.
 
     A pixel is bad if it is NaN or infinite, if its value marks bad pixels of its dtype
     (`peaknet_predict.pixels`), if the producer declares it bad, or if the static mask does.
@@ -110,7 +110,7 @@ class Validity(nn.Module):
         self.register_buffer("good_PHW", good, persistent=False)
 
     def check_shape(self, shape_PHW: Shape) -> None:
-        """Raise ValueError if the static mask is not one of events of this shape."""
+        """Raise ValueError if the static mask does not fit events of this shape."""
         if self.good_PHW is None:
             return
         panels, height, width = shape_PHW

@@ -29,7 +29,7 @@ synchrotron."""
 
 @dataclass(slots=True)
 class Background:
-    """What the pixels would see without Bragg spots.
+    """The signal of the pixels without Bragg spots.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Background:
     grain_BPHW
         Standard deviation of the structure in rings, photons. It hides spots as noise does.
     transmission_BPHW
-        Transmission of shadows, 0 to 1: spots behind them are as much weaker.
+        Transmission of shadows, 0 to 1: spots behind them are weaker by this factor.
     """
 
     photons_BPHW: Tensor
@@ -57,7 +57,7 @@ def draw_background(draws: Draws, cameras: Cameras, height: int, width: int) -> 
     # Powders of few crystals have grainy rings of uneven strength.
     grain, spread = draw_grain(draws, B, P, height, width)
     rings = rings * draw_unevenness(draws, y, x)
-    # Unevenness of any other origin: 30 % at most, over a quarter of a panel.
+    # Other unevenness: 30 % at most, over a quarter of a panel.
     bumps = F.interpolate(
         draws.normal(B * P, 1, 5, 5), size=(height, width), mode="bicubic", align_corners=True
     )

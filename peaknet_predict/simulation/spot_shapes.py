@@ -130,7 +130,7 @@ def render(
     rows, columns = height + 2 * border, width + 2 * border
     photons = torch.zeros(num_images * rows * columns, device=image_M.device)
     offset_K = torch.arange(-RADIUS, RADIUS + 1, device=image_M.device)
-    # Falls to 0 at the edge of the window, so that the brightest spots show no edge.
+    # It falls to 0 at the edge of the window, so that the brightest spots show no edge.
     taper_K = (1.0 - (offset_K / (RADIUS + 1)) ** 6)[None, :, None]
     for start in range(0, len(image_M), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def turned(images: list[Tensor], seed: int) -> list[Tensor]:
-    """Return images (B, P, H, W), all turned in the same one of eight ways.
+    """Return images (B, P, H, W), all turned in the same way, one of eight.
 
-    A batch is turned as a whole, so that nothing but its strides changes. Panels that are not
-    square keep their orientation: they are mirrored along either axis or both.
+    A batch is turned as a whole, so only its strides change. Panels that are not square keep their
+    orientation: they are mirrored along either axis or both.
 
     Parameters
     ----------

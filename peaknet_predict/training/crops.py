@@ -24,7 +24,7 @@ from peaknet_predict.cxi.frames import (
 )
 
 _BEYOND_PX = 5.0
-"""Distance outside of a crop up to which a peak may reach into it, pixels."""
+"""Greatest distance outside a crop at which a peak may reach into it, pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class FrameCrop:
 
 
 class FrameCrops(Dataset[FrameCrop]):
-    """Crops by number. Every event has its turn before any has its second.
+    """Crops by number. Every event is used once before any is used again.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class FrameCrops(Dataset[FrameCrop]):
     ) -> None:
         self.events = events
         self._files, self._size, self._seed = files, (height, width), seed
-        self._open: dict[int, Any] = {}  # every process that reads has its own
+        self._open: dict[int, Any] = {}  # each reading process has its own
 
     def __getitem__(self, number: int) -> FrameCrop:
         turn, place = divmod(number, len(self.events))

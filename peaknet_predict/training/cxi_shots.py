@@ -22,10 +22,10 @@ from peaknet_predict.training.crops import FrameCrop, FrameCrops, inspect_file, 
 class CxiShots(L.LightningDataModule):
     """Crops of the events of CXI files, labelled with the files' own peak lists.
 
-    For a facility that adapts a network to its detector. The lists are taken for the truth: a spot
-    that is not listed is background, so they should be good ones, those of indexed frames with
-    the predicted reflections, say. Files are those that `peaknet-predict write-cxi` writes, or
-    others with the same datasets, such as Cheetah's.
+    For facilities that adapt a network to their detector. The lists count as the truth: a spot that
+    is not listed is background. So the lists should be good, such as predicted reflections of
+    indexed frames. Files are those that `peaknet-predict write-cxi` writes, or others with the same
+    datasets, such as Cheetah's.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ class CxiShots(L.LightningDataModule):
         Group that holds ``nPeaks`` (N,) and ``peakXPosRaw``, ``peakYPosRaw`` (N, most peaks), in
         pixels of the stacked panels, pixel centres on integers.
     panel_height
-        Rows of one panel of a stack. Our own files say it themselves; of others the whole stack
-        is one panel by default.
+        Rows of one panel of a stack. Our own files contain it; in others the whole stack is one
+        panel by default.
     peak_radius_px
         Distance from the centre at which a typical peak has half its height, in pixels: the radius
         of the disc that the network learns to mark.
@@ -110,7 +110,7 @@ class CxiShots(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[FrameCrop]:
-        """Return a loader with one crop of every training event, other ones in every epoch."""
+        """Return a loader with one crop of every training event, different ones in every epoch."""
         return self._loader(self._train, moves_on=True)
 
     def val_dataloader(self) -> DataLoader[FrameCrop]:
@@ -131,7 +131,7 @@ class CxiShots(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: LabelledShots, dataloader_idx: int) -> LabelledShots:
-        """Draw the labels, on the device; turn what is trained on."""
+        """Draw the labels on the device; turn the training images."""
         assert self.trainer is not None
         images, peaks_M4 = batch.images_BPHW, batch.peaks_M4
         B, P, H, W = images.shape
@@ -148,7 +148,7 @@ class CxiShots(L.LightningDataModule):
 
 
 class _Numbers(Sampler[int]):
-    """Numbers of this process's crops: of each epoch, others, or always the same ones."""
+    """Numbers of this process's crops: different ones in each epoch, or always the same."""
 
     def __init__(self, num_events: int, trainer: L.Trainer, moves_on: bool) -> None:
         self._num_events, self._trainer, self._moves_on = num_events, trainer, moves_on
@@ -165,13 +165,13 @@ class _Numbers(Sampler[int]):
 
 
 def _collate(crops: list[FrameCrop]) -> LabelledShots:
-    """Make a batch of one panel an event; labels are drawn later."""
+    """Make a batch with one panel per event; labels are drawn later."""
     images_BPHW = torch.from_numpy(np.stack([crop.pixels for crop in crops])[:, np.newaxis])
     rows = [
         np.column_stack([np.full(len(crop.peaks), b), np.zeros(len(crop.peaks)), crop.peaks])
         for b, crop in enumerate(crops)
     ]
     peaks_M4 = torch.from_numpy(np.concatenate(rows).astype(np.float32))
-    # Lists do not say what `snr` says of simulated peaks; all of theirs are to be found.
+    # Lists have no `snr`, unlike simulated peaks; all listed peaks should be found.
     snr_M = torch.full((len(peaks_M4),), torch.inf)
     return LabelledShots(images_BPHW, torch.empty(0, dtype=torch.uint8), peaks_M4, snr_M)

@@ -28,17 +28,17 @@ def export_weights(checkpoint: str | Path, path: str | Path) -> str:
     """Write the network of a checkpoint as a weight file in float16, ready for `weights`.
 
     The operating point of the checkpoint's validation goes with the weights. Prediction calls a
-    pixel peak where class 1 has the larger logit, so of a PeakNet the bias of that class is lowered
+    pixel peak where class 1 has the larger logit, so in a PeakNet the bias of that class is lowered
     by the threshold. It enters once, in ``head_segmask.bias``; the learned enlargement, where there
-    is one, is added to that branch. Of any other network the threshold is written into the file's
+    is one, is added to that branch. For any other network the threshold is written into the file's
     metadata, where `PeakNetModule` finds it if it is the one that loads the file (``weights``).
 
-    The file appears under its name when it is whole.
+    The file appears under its name once it is complete.
 
     Parameters
     ----------
     checkpoint
-        A ``.ckpt`` file of `peaknet-predict fit`. With averaged weights it is those that are taken.
+        A ``.ckpt`` file of `peaknet-predict fit`. If it has averaged weights, those are taken.
     path
         The ``.safetensors`` file to write; its directory is made if need be.
 

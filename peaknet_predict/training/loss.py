@@ -15,7 +15,7 @@ PEAK_WEIGHT = 0.75
 """Weight of a peak pixel; a background pixel has the rest."""
 
 FOCUS = 2.0
-"""Exponent gamma: by how much pixels that are classified well already are left alone."""
+"""Exponent gamma: how strongly well-classified pixels are discounted."""
 
 
 def peak_log_odds(logits_NCHW: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ def focal_loss(logits_NCHW: Tensor, labels_NHW: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        float32 scalar. Of a batch without peaks, the sum.
+        float32 scalar; for a batch without peaks, the sum.
     """
     odds_NHW = peak_log_odds(logits_NCHW)
     is_peak_NHW = labels_NHW == PEAK
-    # The log odds of what the label says; their negative is what is wrong.
+    # The log odds of the labelled class; the loss is a function of their negative.
     right_NHW = torch.where(is_peak_NHW, odds_NHW, -odds_NHW)
     cross_entropy_NHW = F.softplus(-right_NHW)
     weight_NHW = torch.where(is_peak_NHW, PEAK_WEIGHT, 1 - PEAK_WEIGHT)

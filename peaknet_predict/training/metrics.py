@@ -32,17 +32,17 @@ ones from there on. Fainter ones, and spots that their label calls no peak, are 
 false."""
 
 MAX_FALSE_PER_BLANK = 0.1
-"""Most peaks on a panel without any that an operating point may list, on average: a shot of nothing
-must not become a hit."""
+"""Most false peaks per blank panel, on average, at an operating point: a blank shot must not become
+a hit."""
 
 THRESHOLDS = tuple(np.arange(-3.0, 5.01, 0.25).tolist())
 """Peak log odds above which a pixel counts as peak: the operating points that are compared."""
 
 OPERATING_POINT = "peaknet_predict_operating_point"
-"""Key of a checkpoint under which the figures of its last validation are."""
+"""Key of a checkpoint's figures from its last validation."""
 
 _MAX_PEAKS_PER_PANEL = 2048
-"""Room in the peak finder's table; panels with more are found by it as well, but slowly."""
+"""Room in the peak finder's table; panels with more peaks work too, but slowly."""
 
 _DISTANCE_BINS = 200
 """Of the histogram from which the median distance comes, 0.01 pixels wide."""
@@ -144,7 +144,7 @@ class Scores:
         return find_peaks(class_map_NHW.cpu())
 
     def _finder_for(self, class_map_NHW: Tensor) -> PeakFinder:
-        """Return the finder for all thresholds, of which the lowest ones find many peaks."""
+        """Return the finder for all thresholds; the lowest ones find many peaks."""
         from peaknet_predict.peaks.finder import PeakFinder
 
         num_panels, height, width = class_map_NHW.shape
@@ -171,15 +171,15 @@ class Scores:
 def operating_point(figures: list[Figures]) -> Figures:
     """Return the figures with the best F1 among those that keep `MAX_FALSE_PER_BLANK`.
 
-    A few false peaks among many do an indexer less harm than few peaks. Where nothing is found
-    without more false ones, the best F1 counts alone.
+    A few false peaks among many harm an indexer less than too few peaks. If every threshold has
+    more false peaks, only F1 counts.
     """
     quiet = [f for f in figures if f.false_per_blank <= MAX_FALSE_PER_BLANK]
     best = max((f.f1 for f in quiet), default=0.0)
     if best == 0:
         return max(figures, key=lambda f: f.f1)
     equals = [f for f in quiet if f.f1 == best]
-    # In the middle, farthest from where it would become worse.
+    # The middle one, farthest from worse thresholds.
     return equals[len(equals) // 2]
 
 
@@ -224,7 +224,7 @@ def _count(
     is_weak_M = is_peak_M & (snr_M >= WEAK_SNR) & ~is_strong_M
     is_true_K = np.zeros(len(found_K3), dtype=np.bool_)
     is_true_K[index_M[is_found_M]] = True
-    # What may or may not be called a peak (ice, a border) is neither true nor false.
+    # A peak at an ignored place (ice, a border) is neither true nor false.
     pixel_K = _pixels(found_K3, labels_NHW.shape)
     counts_K = is_true_K | (labels_NHW[pixel_K] != IGNORED)
     is_blank_N = known_of_panel == 0
@@ -270,7 +270,7 @@ def _share(part: float, whole: float, of_nothing: float) -> float:
 
 
 def _median(histogram: npt.NDArray[np.float64]) -> float:
-    """Return the median of distances from their histogram, to half a bin; NaN of none."""
+    """Return the median of distances from their histogram, to half a bin; NaN if there are none."""
     if not histogram.sum():
         return float("nan")
     middle = int(np.searchsorted(histogram.cumsum(), histogram.sum() / 2))

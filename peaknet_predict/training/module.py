@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 _PRECISIONS = ("bf16-mixed", "32-true")
 
 _RARE = 0.01
-"""Share of peak pixels that a fresh network expects: otherwise the first steps would do nothing but
-learn that peaks are rare (arXiv:1708.02002, section 3.3)."""
+"""Fraction of peak pixels that a fresh network expects; otherwise the first steps would only teach
+it that peaks are rare (arXiv:1708.02002, section 3.3)."""
 
 
 class PeakNetTraining(PeakNetModule):
-    """A `PeakNetModule` that `Trainer.fit` can train; what it has learned, it predicts.
+    """A `PeakNetModule` that `Trainer.fit` can train, and that predicts with what it has learned.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class PeakNetTraining(PeakNetModule):
     Attributes
     ----------
     operating_point
-        What the last validation found to be the best threshold, and what it achieves; None before.
+        The best threshold of the last validation, and its figures; None before.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class PeakNetTraining(PeakNetModule):
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def on_fit_start(self) -> None:
-        """Choose how the network is run: as it is, at full resolution."""
+        """Run the network as it is, at full resolution."""
         self._forward_pass.start_training()
 
     def configure_optimizers(self) -> Any:
@@ -109,9 +109,9 @@ class PeakNetTraining(PeakNetModule):
         return loss
 
     def on_train_batch_end(self, *args: object) -> None:
-        """See that the last weights are validated, also if the run ends in the midst of an epoch.
+        """Make sure that the last weights are validated, even if the run ends within an epoch.
 
-        Lightning validates before a stop that is asked for, but not before `max_steps`.
+        Lightning validates before a requested stop, but not before `max_steps`.
         """
         if 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
@@ -121,7 +121,7 @@ class PeakNetTraining(PeakNetModule):
         self._scores = Scores()
 
     def validation_step(self, shots: LabelledShots, batch_idx: int) -> None:
-        """Count what is found in one batch, and note its loss."""
+        """Count the peaks found in one batch, and note its loss."""
         logits_NCHW, labels_NHW, prepared = self._labelled_logits(shots)
         loss = focal_loss(logits_NCHW, labels_NHW)
         self.log("val/loss", loss, batch_size=len(shots.images_BPHW), sync_dist=True)
@@ -139,7 +139,7 @@ class PeakNetTraining(PeakNetModule):
         self._scores = Scores()  # lets go of the GPU's memory
         self.operating_point = operating_point(figures)
         best = max(f.f1 for f in figures)
-        # The same on all ranks; said to be synchronised, or Lightning warns.
+        # The same on all ranks; marked as synchronised, because Lightning would warn.
         self.log("val/f1", best, prog_bar=True, sync_dist=True)
         for name, value in self.operating_point.as_dict().items():
             name = "f1_at_threshold" if name == "f1" else name

@@ -11,17 +11,17 @@ from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 END_OF_RATE = 0.01
-"""Share of the full rate that is left at the end of a run."""
+"""Fraction of the full rate that is left at the end of a run."""
 
 _LOOK_EVERY = 20
-"""Steps between looks at the clock, where several processes must agree on what it says."""
+"""Steps between readings of the clock, which several processes must agree on."""
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters into those whose size is held down and those whose size means something.
+    """Split the parameters into those that decay and those that do not.
 
     Decayed are the kernels of convolutions and linear layers. Norms, biases and the pyramid's
-    fusion weights are not: zero is no neutral value of theirs.
+    fusion weights are not: zero is not neutral for them.
     """
     kernels = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
     decayed = {id(module.weight) for module in net.modules() if isinstance(module, kernels)}
@@ -52,7 +52,7 @@ def rate_factor(step: int, progress: float, warmup_steps: int) -> float:
 
 
 class Progress:
-    """How much of a run is over, by whichever of its limits comes first.
+    """How much of a run is over, by the first of its limits.
 
     Those are `max_steps` or `max_epochs`, and `max_time`, of the Trainer: a run that ends by the
     clock slows down by the clock.

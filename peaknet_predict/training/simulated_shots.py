@@ -18,9 +18,9 @@ from peaknet_predict.training.augment import turned
 class SimulatedShots(L.LightningDataModule):
     """Endless simulated shots with labels, and a fixed set of others to validate on.
 
-    Nothing is read or copied: the data loader hands on numbers, and the batch of a number is drawn
-    on the device. The same seed gives the same batches, also to a run that goes on from a
-    checkpoint; every process of a run has batches of its own.
+    Nothing is read or copied: the data loader passes on numbers, and the batch for a number is
+    drawn on the device. The same seed gives the same batches, even when a run continues from a
+    checkpoint; each process of a run has different batches.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class SimulatedShots(L.LightningDataModule):
         self._ahead: _Ahead | None = None
 
     def train_dataloader(self) -> DataLoader[int]:
-        """Return as many numbers as an epoch has steps."""
+        """Return one number for each step of an epoch."""
         return _numbers(range(self.steps_per_epoch))
 
     def val_dataloader(self) -> DataLoader[int]:
@@ -82,7 +82,7 @@ class SimulatedShots(L.LightningDataModule):
         device = self.trainer.strategy.root_device
         if not self.trainer.training:
             return self._simulators["held_out"].shots(batch, self.batch_size, device)
-        # Its own count: the loader's starts again with every epoch.
+        # A separate count: the loader's starts again with every epoch.
         world_size = self.trainer.world_size
         index = self._batches_made * world_size + self.trainer.global_rank
         self._batches_made += 1
@@ -107,11 +107,10 @@ class SimulatedShots(L.LightningDataModule):
 
 
 class _Ahead:
-    """Makes the batch after the one asked for while the device trains on that.
+    """Makes the next batch while the device trains on the present one.
 
     The simulator starts some two thousand small kernels a batch: starting them takes the host as
-    long as the device needs for a training step. A thread with a stream of its own does it
-    meanwhile.
+    long as the device needs for a training step. A thread with its own stream does that meanwhile.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class _Ahead:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(made)
         for tensor in (shots.images_BPHW, shots.labels_BPHW, shots.peaks_M4, shots.snr_M):
-            # Its memory belongs to the other stream, which must not have it back too early.
+            # Its memory belongs to the other stream, which must not reuse it too early.
             tensor.record_stream(stream)
         return shots
 

@@ -304,7 +304,9 @@ def test_results_are_put_together_and_every_old_reader_gets_its_end(
     assert items[-2:] == ["END", "END"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_interrupted_write_cxi_writes_what_it_took(
     cluster: str, queues: tuple[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -29,6 +29,7 @@ from peaknet_predict.types import ANYONE, Event, EventId, Refusal
 from tests.helpers.chain import chain, ranks_of, written
 from tests.helpers.commands import finish, start, wait_until
 from tests.helpers.queues import event, kill_actor, statistics, take
+from tests.helpers.sockets import LOOPBACK, listening
 
 
 def _take_and_sleep(address: QueueAddress) -> None:
@@ -170,9 +171,14 @@ def test_a_producer_goes_on_where_the_queue_has_it(address: QueueAddress) -> Non
 def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     cluster: str, address: QueueAddress, tmp_path: Path, how: signal.Signals
 ) -> None:
+    """Until then, they listen on loopback only, and never start MPI."""
+    mpi = tmp_path / "site" / "mpi4py"
+    mpi.mkdir(parents=True)
+    (mpi / "__init__.py").touch()
+    (mpi / "MPI.py").write_text(f"open({str(tmp_path / 'mpi_was_started')!r}, 'w')\n")
     names = f"{address.name}-in", f"{address.name}-out"
     words = chain(tmp_path, cluster, names, "two_cpus.yaml")
-    process = start(*words, cwd=tmp_path)
+    process = start(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     queue = connect_queue(QueueAddress(names[0], lease_s=2.0), "events")
     results = connect_queue(QueueAddress(names[1], lease_s=2.0), "results")
     queue.producer.open("p")
@@ -182,6 +188,9 @@ def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
         assert process.poll() is None, process.communicate()[0]
         idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
+    found = listening([process.pid, *ranks_of(process)])
+    assert found
+    assert found <= LOOPBACK
     # Rank 0 may be stopped before its consumer of results has begun: another has to begin then, for
     # the queue has room for 400.
     os.kill(ranks_of(process)[0 if how is signal.SIGSTOP else 1], how)
@@ -189,6 +198,7 @@ def test_a_rank_that_dies_or_stops_leaves_its_events_to_the_others(
     queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + more)])
     queue.producer.close("p")
     said = finish(process, expected=4)
+    assert not (tmp_path / "mpi_was_started").exists()
     assert written(tmp_path / "cxi") == list(range(idx + more)), said
     assert how is signal.SIGSTOP or "rank 1 was ended by SIGKILL; the others take over" in said
     rank = ".rank1" if how is signal.SIGSTOP else ""

@@ -60,7 +60,7 @@ class FastBlock(Weights):
         self._vector("kernel_bias", bias_of(block.dwconv))
         weight, bias = behind_norm(block.layernorm, block.pwconv1.weight, block.pwconv1.bias)
         self._matrix("weight1", weight, dtype)
-        # Of the rounded weights, so that what is subtracted is what the product contains.
+        # From the rounded weights, so that exactly what the product contains is subtracted.
         self._vector("column_sums1", self.weight1.float().sum(1))
         self._vector("bias1", bias)
         self._vector("response_weight", block.grn.weight.flatten())

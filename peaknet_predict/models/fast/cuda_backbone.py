@@ -1,8 +1,8 @@
 """Launches the CUDA kernels of the backbone's operators; imported where there is a GPU.
 
 `depthwise.cu` is for any GPU with bfloat16. `expand.cu`, `expand_wide.cu`, `contract.cu` and
-`contract_resident.cu` use the matrix units of Hopper (compute capability 9.0) and take some sizes
-only; for all else the kernels of `triton_backbone` do the same.
+`contract_resident.cu` use the matrix units of Hopper (compute capability 9.0) and take only some
+sizes; the kernels of `triton_backbone` do the rest.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _depthwise_bytes(columns: int) -> int:
 def _depthwise(
     x_NHWC: Tensor, weight_49C: Tensor, scale_C: Tensor, bias_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # Every block of the network begins here, and the kernels take nothing else.
+    # Every block of the network starts here; the kernels take nothing else.
     if x_NHWC.dtype != torch.bfloat16 or not x_NHWC.is_contiguous():
         raise TypeError(
             f"the fast PeakNet's kernels take contiguous bfloat16 features, not {x_NHWC.dtype}: "

@@ -1,7 +1,7 @@
 """Launches the CUDA kernels of the pyramid's operators; imported where there is a GPU.
 
-`node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take some
-sizes only; for all else the kernels of `triton_pyramid` do the same.
+`node.cu` and `base_node.cu` use the matrix units of Hopper (compute capability 9.0) and take only
+some sizes; the kernels of `triton_pyramid` do the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _node(
     shift_C: Tensor,
 ) -> Tensor:
     n, height, width, features = same_NHWC.shape
-    # The kernel divides by the width through a reciprocal, which 1 has none of.
+    # The kernel divides by the width through a reciprocal, which does not work for 1.
     if features != _NODE_FEATURES or width == 1 or not is_hopper(same_NHWC):
         return triton_pyramid.node(
             same_NHWC, middle_NHWC, other_NHWC, fusion, weight_CC, scale_C, shift_C

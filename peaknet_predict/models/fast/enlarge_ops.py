@@ -1,8 +1,8 @@
-"""The operators of a learned last enlargement, for CPU and GPU alike; see `ops`.
+"""The operators of a learned last enlargement, for CPU and GPU; see `ops`.
 
-The plain network enlarges its features bilinearly, classifies them, and adds what a transposed
-convolution makes of them. Here the features become one number and 36 taps while they are small, and
-a pixel of the panel gathers the taps that reach it, at most four.
+The plain network enlarges its features bilinearly, classifies them, and adds the output of a
+transposed convolution. Here the features become one number and 36 taps at low resolution, and each
+pixel of the panel gathers the taps that reach it, at most four.
 
 Shape legend: as in `ops`; K is `ODDS_CHANNELS`.
 """
@@ -21,7 +21,7 @@ TAPS = 6
 convolution with this kernel, stride 4 and padding 1."""
 
 ODDS_CHANNELS = 40
-"""Channels of what `project` gives `enlarge`: log odds, taps, and zeros up to a multiple of 8."""
+"""Channels that `project` passes to `enlarge`: log odds, taps, and zeros up to a multiple of 8."""
 
 
 @torch.library.custom_op("peaknet::project", mutates_args=())
@@ -51,7 +51,7 @@ def _(
 
 
 def projection_dtype(weight_KC: Tensor) -> torch.dtype:
-    """Return the dtype of what `project` makes with a matrix."""
+    """Return the dtype of the output of `project` with a matrix."""
     return torch.float16 if weight_KC.dtype == torch.bfloat16 else weight_KC.dtype
 
 

@@ -17,7 +17,7 @@ from peaknet_predict.models.peaknet import LateralLayer, PeakNet
 
 
 class FastLateral(Weights):
-    """The head of one level, up to what is enlarged at the end, added to another level's.
+    """The head of one level, up to the final enlargement, added to another level's.
 
     That is (N, h, w, 2) float32 logits; or, where the last enlargement is learned, log odds and
     taps as `enlarge_ops.project` makes them. The last doubling is left out: it commutes with
@@ -63,7 +63,7 @@ class FastLateral(Weights):
         self._vector("classifier_bias", bias_K)
 
     def forward(self, x_NHWC: Tensor, added_NHWK: Tensor | None) -> Tensor:
-        """Classify one level's features, and add what the coarser levels say."""
+        """Classify one level's features, and add the coarser levels' results."""
         affine_N2C = x_NHWC  # of the layer before; there is always one before it is used
         for i in range(self.num_layers):
             if i > 0:
@@ -107,7 +107,7 @@ def odds_and_taps(net: PeakNet) -> tuple[Tensor, Tensor]:
     taps_KC = (learned.weight[:, 1] - learned.weight[:, 0]).flatten(1).t()
     weight_KC[1 : 1 + len(taps_KC)] = taps_KC
     bias_K = bias_2.new_zeros(enlarge_ops.ODDS_CHANNELS)
-    # Before the enlargement or after it, a constant is the same.
+    # A constant is the same before and after the enlargement.
     bias_K[0] = bias_2[1] - bias_2[0] + learned.bias[1] - learned.bias[0]
     return weight_KC, bias_K
 

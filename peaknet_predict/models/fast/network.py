@@ -1,8 +1,8 @@
 """PeakNet with the same weights and the same answer, laid out for the memory of a GPU.
 
-The plain `PeakNet` says what the network is; this says how to compute it with few passes over
-memory. Features have their channels last throughout, and what is linear and next to each other is
-multiplied together when the weights are loaded, in float32:
+The plain `PeakNet` defines the network; this module computes it with few passes over memory.
+Features have their channels last throughout, and adjacent linear steps are multiplied together in
+float32 when the weights are loaded:
 
 - the affine part of a LayerNorm before a matrix goes into the matrix and its bias;
 - so does the bias of GRN, and the scale per channel that PeakNet's "depthwise" 1x1 convolution is;
@@ -49,8 +49,8 @@ class FastPeakNet(nn.Module):
     Attributes
     ----------
     coarse_stride
-        Pixels of the panel in one of `coarse_logits`; None where the last enlargement is learned,
-        and coarse logits do not determine the others.
+        Panel pixels per pixel of `coarse_logits`; None where the last enlargement is learned,
+        because coarse logits then do not determine the others.
     """
 
     def __init__(self, net: PeakNet, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -138,7 +138,7 @@ class FastPeakNet(nn.Module):
         return resize_bilinear(self.coarse_logits(images_N1HW), self.coarse_stride or 1)
 
     def _coarse(self, images_N1HW: Tensor) -> Tensor:
-        """Return what is enlarged at the end, (N, H/4, W/4, K): see `FastLateral`."""
+        """Return the input of the final enlargement, (N, H/4, W/4, K): see `FastLateral`."""
         self._check_images(images_N1HW)
         x_NHWC = self.stem(images_N1HW)
         features: list[Tensor] = []
@@ -159,7 +159,7 @@ class FastPeakNet(nn.Module):
 
 
 def unsupported(net: PeakNet) -> str | None:
-    """Say why a PeakNet cannot be rewritten; None if it can."""
+    """Return why a PeakNet cannot be rewritten; None if it can."""
     if net.head_segmask.out_channels != 2:
         return f"it has {net.head_segmask.out_channels} classes, and the kernels know two"
     sizes = [adapter.in_channels for adapter in net.backbone_to_bifpn]

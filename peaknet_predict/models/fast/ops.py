@@ -1,9 +1,9 @@
-"""The operators of the fast PeakNet, for CPU and GPU alike.
+"""The operators of the fast PeakNet, for CPU and GPU.
 
 Each is a `torch.library` operator ``peaknet::name``, so that `torch.compile` takes it as it is.
-What stands here is the plain PyTorch implementation: it says what the operator computes, runs on
-any device, and is what tests compare the GPU kernels with. On CUDA the kernels of `triton_ops` and
-`cuda_ops` take its place.
+This module has the plain PyTorch implementations: they define what the operators compute, run on
+any device, and serve tests as the reference for the GPU kernels. On CUDA the launchers in
+`triton_*` and `cuda_*` replace them.
 
 Shape legend: N panels of a batch, H rows, W columns, C channels, M = N·H·W pixels; all features
 have their channels last. F features of the pyramid, K hidden channels of a perceptron, T strips of
@@ -22,9 +22,10 @@ from peaknet_predict.models.convnextv2 import GRN_EPS, LAYER_NORM_EPS
 
 
 def strip(channels: int) -> int:
-    """Return of how many pixels of a panel `expand` gives the energy together.
+    """Return the number of a panel's pixels whose energy `expand` adds up.
 
-    As many as one block of threads passes over: with few channels it keeps the weights meanwhile.
+    It is the number that one block of threads passes over: with few channels it keeps the weights
+    meanwhile.
     """
     return 1024 if channels <= 384 else 128
 

@@ -40,7 +40,7 @@ class _BaseNode(Weights):
         weight_FF, norm = _transform(block, f"m{block.base_level}")
         adapter_FC, bias_F = adapter
         same, other = fusion
-        # Resizing and product commute, so that the level above is multiplied where it is small. The
+        # Resizing and product commute, so the level above is multiplied while it is small. The
         # normalisation takes the mean over the features away: it is left out at once.
         self._matrix("inner", same * _centred(weight_FF @ adapter_FC), dtype)
         self._matrix("coarse", other * _centred(weight_FF), dtype)

@@ -1,4 +1,4 @@
-"""Whether the fast PeakNet can take the place of a network on a device."""
+"""Whether the fast PeakNet can replace a network on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 
 
 def obstacle(net: nn.Module, device: torch.device, precision: str) -> str | None:
-    """Say why a network has to run as it is; None if nothing is known to stop the fast one.
+    """Return why a network has to run as it is; None if nothing rules out the fast one.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def obstacle(net: nn.Module, device: torch.device, precision: str) -> str | None
 
 
 def _unfit(device: torch.device) -> str | None:
-    """Say why no kernels of ours run on a device; None if they do."""
+    """Return why our kernels do not run on a device; None if they do."""
     if device.type != "cuda":
         return f"the device is {device}, the fast one needs a CUDA GPU"
     if torch.cuda.get_device_capability(device) < _FIRST_WITH_BFLOAT16:
@@ -50,7 +50,7 @@ def _unfit(device: torch.device) -> str | None:
 
 def load_kernels() -> None:
     """Put the GPU's kernels in place of the operators' plain implementations."""
-    # Where they are used: CuPy and Triton may not be installed.
+    # Imported where they are used: CuPy and Triton may not be installed.
     import peaknet_predict.models.fast.cuda_backbone
     import peaknet_predict.models.fast.cuda_pyramid
     import peaknet_predict.models.fast.triton_enlarge
@@ -58,7 +58,7 @@ def load_kernels() -> None:
 
 
 def remedy(error: Exception) -> str:
-    """Say what to do about an error of the kernels."""
+    """Return what to do about an error of the kernels."""
     if not isinstance(error, ImportError):
         return (
             "to do without it from the start, and without this warning, set fast: false; "

@@ -1,7 +1,7 @@
 """What the launchers of the Triton kernels have in common.
 
-Tile sizes are fixed by the number of channels, as measured on an H200 (docs/benchmarks): trying
-them out at start would take longer than it gains.
+The number of channels determines the tile sizes, as measured on an H200 (docs/benchmarks): trying
+them out at the start would take longer than it gains.
 """
 
 from __future__ import annotations

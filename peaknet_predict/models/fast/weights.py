@@ -1,4 +1,4 @@
-"""What the parts of the fast PeakNet are made from: rewritten weights, and how they are held."""
+"""The rewritten weights of the fast PeakNet's parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Weights(nn.Module):
         self._hold(name, value.detach().to(torch.float32, copy=True))
 
     def _hold(self, name: str, value: Tensor) -> None:
-        # A copy, for the parameters of the plain network may be rounded later, in place.
+        # A copy: the plain network's parameters may later be rounded in place.
         self.register_buffer(name, value.contiguous(), persistent=False)
 
 
