@@ -1,4 +1,4 @@
-"""The counts of a writer, and those of a run with all of its writers."""
+"""The counts of a writer, and of a run with all of its writers."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class CxiStatistics:
     filtered
         Events of the run on record as left out, because they have fewer than `min_peaks` peaks.
     filtered_elsewhere
-        How many of these other writers of the run have left out, dead ones among them.
+        How many of these other writers of the run have left out, including dead ones.
     duplicates
         Events that were in a finished file or on record as filtered already, or twice in memory.
     handed_over
-        Events that another writer was given, because this one had been silent for too long.
+        Events given to another writer, because this one had been silent for too long.
     truncated
         Written events of which only the strongest `max_peaks` peaks are listed.
     without_energy
@@ -89,8 +89,8 @@ class ConsumeReport:
     problem
         The error that ended it; None if there was none.
     run_files
-        Files of the whole run, those of writers that died before among them, once the balance has
-        been written.
+        Files of the whole run, including those of writers that died, once the balance has been
+        written.
     """
 
     taken: int = 0
@@ -139,7 +139,7 @@ class ConsumeReport:
 
 
 class RunAccount:
-    """Keeps the counts of one writer, and strikes the balance of its run.
+    """Keeps the counts of one writer, and draws up the balance of its run.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ class RunAccount:
     run
         The run.
     resumed
-        Whether this writer takes the place of one that died.
+        Whether this writer replaces one that died.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ class RunAccount:
         statistics.files.append(path)
 
     def count_elsewhere(self) -> None:
-        """Count what other writers of the run have filtered up to now, as far as it is known."""
+        """Count what other writers of the run are known to have filtered up to now."""
         here = self.statistics.filtered_here
         journals = self._directory.journals_of(self._run)
         # What this writer has filtered is on record, too.
@@ -197,7 +197,7 @@ class RunAccount:
         report
             Of this writer.
         stages
-            What else belongs into the run's balance, ``{prefix}_balance.json``. ``files`` is added:
+            What else belongs in the run's balance, ``{prefix}_balance.json``. ``files`` is added:
             the reports of all writers that the run had up to now, together.
 
         Returns
@@ -216,8 +216,8 @@ class RunAccount:
         plain = self._directory.path / f"{self._directory.prefix}_balance.json"
         written: tuple[Path, dict[str, Any]] | None = None
         while True:
-            # Another writer may end at the same time, or a later run begin: the last to write has
-            # looked again.
+            # Another writer may end at the same time, or a later run begin: the last one to write
+            # checks again.
             self._directory.look_again()
             if is_displaced(plain.parent, self._run):
                 path = with_run(plain, self._run)
@@ -263,10 +263,10 @@ def _run_of(path: Path) -> str | None:
 
 
 def _balance_of(directory: CxiDirectory, run: str) -> dict[str, Any]:
-    """Return the balances of a run's writers: of all together, and each, by name.
+    """Return the balances of a run's writers: the total, and each by name.
 
-    A writer without a balance was killed, or still works: what it has brought to an end is known
-    from its files and its journal, and counts as taken by it.
+    A writer without a balance was killed or still works: the events it has settled are known from
+    its files and its journal, and count as taken by it.
     """
     journals = directory.journals_of(run)
     files = directory.files_of(run)
@@ -285,7 +285,7 @@ def _balance_of(directory: CxiDirectory, run: str) -> dict[str, Any]:
         _add(together, balance)
     together.cxi.damaged_records = sum(journal.damaged for journal in journals)
     once = _count_filtered(directory, journals)
-    # One event may have been filtered by two writers, if the first died before it could say so.
+    # Two writers may have filtered one event, if the first died before it could acknowledge it.
     together.cxi.duplicates += together.cxi.filtered - once
     together.cxi.filtered = once
     ended = [balance for balance in writers.values() if balance is not None]
@@ -321,7 +321,7 @@ def _add(together: ConsumeReport, balance: Mapping[str, Any]) -> None:
 
 
 def _count_filtered(directory: CxiDirectory, journals: Iterable[JournalContents]) -> int:
-    """Return how many events journals call filtered that are in no finished file."""
+    """Return how many events are filtered according to journals, and in no finished file."""
     everything = KeySet()
     everything.update(directory.known)
     for journal in journals:

@@ -25,7 +25,7 @@ class CxiWriteError(OSError):
 
 
 def write_error(path: Path, cause: BaseException, consequence: str) -> CxiWriteError:
-    """Return the error for a cause of the system's: what it means, and what to do next."""
+    """Return an error that explains a system error, and says what to do next."""
     number = getattr(cause, "errno", None) or errno.EIO
     reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return CxiWriteError(number, f"{reason}. {consequence}{_next_step(number)}", str(path))
@@ -54,7 +54,7 @@ class CxiDirectory:
     prefix
         Finished files are named ``{prefix}_{number}.cxi`` with at least four digits.
     owner
-        Names this writer among those that share the directory.
+        Identifies this writer among those that share the directory.
     create
         Make the directory if it is missing.
 
@@ -85,7 +85,7 @@ class CxiDirectory:
         self._journal_sizes: dict[str, int] = {}
         self._doubtful: Path | None = None
         try:
-            # No parents: a path that is misspelt or not mounted must not be made up.
+            # No parents: a misspelt path, or one that is not mounted, must not be created.
             if create:
                 self.path.mkdir(exist_ok=True)
                 sync_name(self.path)
@@ -104,7 +104,7 @@ class CxiDirectory:
             raise write_error(self.path, error, "") from error
 
     def temporary_name(self) -> Path:
-        """Return a name for an unfinished file that no other has."""
+        """Return a unique name for an unfinished file."""
         return self.path / f".{self.prefix}.{self.owner}.{secrets.token_hex(4)}.tmp"
 
     def publish(self, temporary: Path, summary: CxiSummary, ids: Iterable[EventId]) -> Path:
@@ -120,11 +120,12 @@ class CxiDirectory:
             self._doubtful = None
         path = self._link(temporary)
         try:
-            # It may be gone: a writer that has just taken over deletes it, and has found the file.
+            # It may be gone: a writer that has just taken over deletes it, and knows the finished
+            # file.
             temporary.unlink(missing_ok=True)
             sync_directory(self.path)
         except OSError:
-            # Not known to be durable, so its events will be written again: not twice, though.
+            # Perhaps not durable, so its events will be written again, but never twice.
             self._doubtful = path
             path.unlink(missing_ok=True)
             self._doubtful = None
@@ -158,7 +159,7 @@ class CxiDirectory:
         self.take_over_from([])
 
     def summary_of(self, name: str) -> CxiSummary | None:
-        """Return what a finished file holds, of any prefix; None if that cannot be told.
+        """Return what a finished file of any prefix holds; None if that cannot be found out.
 
         Raises
         ------
@@ -172,14 +173,14 @@ class CxiDirectory:
                 return None  # it has just been taken away
             except (OSError, KeyError, RuntimeError) as error:
                 if getattr(error, "errno", None) is not None:
-                    # Storage's fault and not the file's. Its events must not be written again.
+                    # The storage's fault, not the file's: its events must not be written again.
                     raise
                 logger.warning("%s does not say which events are in it (%s)", name, error)
                 self._note(name, None, [])
         return self._summaries[name]
 
     def files_of(self, run: str | None = None) -> dict[Path, CxiSummary]:
-        """Return the finished files that are known, of one run or of all, with what they hold."""
+        """Return the known finished files of one run or of all, and what they hold."""
         return {
             self.path / name: summary
             for name, summary in sorted(self._summaries.items())
@@ -187,7 +188,7 @@ class CxiDirectory:
         }
 
     def journals_of(self, run: str) -> list[JournalContents]:
-        """Return what the journals of a run say, those of damaged headers included."""
+        """Return the contents of a run's journals, including those with damaged headers."""
         return [journal for journal in self._journals.values() if journal.run in (None, run)]
 
     def _link(self, temporary: Path) -> Path:
@@ -200,7 +201,7 @@ class CxiDirectory:
         while True:
             path = self.path / f"{self.prefix}_{number:04d}.cxi"
             try:
-                # A link fails where the name exists; a rename would replace the other file.
+                # A link fails if the name exists; a rename would replace the other file.
                 os.link(temporary, path)
             except FileExistsError:
                 # A network file system repeats a call whose answer was lost.
@@ -216,7 +217,7 @@ class CxiDirectory:
                 self.known.add(key)
 
     def _look_up(self) -> None:
-        """Read what there is that has not been looked at yet."""
+        """Read files and journals that have not been read yet."""
         for name in sorted(os.listdir(self.path)):
             if self._finished.fullmatch(name):
                 self.summary_of(name)

@@ -34,13 +34,13 @@ from peaknet_predict.types import EventId, Image, Peaks
 
 
 class _CarefulFile:
-    """An open file whose reads and writes are whole, whatever the system makes of one call."""
+    """An open file whose reads and writes are complete, even if a system call is not."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer from the file; what is behind its end reads as zeros."""
+        """Fill the buffer from the file; beyond its end it reads zeros."""
         view = memoryview(buffer).cast("B")
         data = self._raw.read(len(view)) or b""
         view[:] = data.ljust(len(view), b"\0")
@@ -55,7 +55,7 @@ class _CarefulFile:
         return length
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move as any file."""
+        """Seek as in any file."""
         return self._raw.seek(offset, whence)
 
     def tell(self) -> int:
@@ -86,7 +86,7 @@ def write_cxi_file(
     Raises
     ------
     BaseException
-        Whatever went wrong with the file, a KeyboardInterrupt too. What is in it is then of no use.
+        Anything that went wrong with the file, even a KeyboardInterrupt. The file is then useless.
     """
     witness = Witness(_CarefulFile(raw))
     try:
@@ -174,7 +174,7 @@ class CxiEvent:
 
 @dataclass(frozen=True, slots=True)
 class CxiSummary:
-    """What a writer wants to know of a finished file, besides the identities of its events.
+    """What a writer needs to know about a finished file, besides its events' identities.
 
     Attributes
     ----------
@@ -185,7 +185,7 @@ class CxiSummary:
     num_events
         How many it has.
     truncated, without_energy
-        How many of them have more peaks than are listed, and no photon energy above zero.
+        How many events have more peaks than are listed; how many have no photon energy above zero.
     """
 
     run: str
@@ -197,7 +197,7 @@ class CxiSummary:
 
 
 def read_summary(path: str | Path) -> tuple[CxiSummary, list[EventId]]:
-    """Read what a file holds, and of which events; raises as `read_cxi` does."""
+    """Read what a file holds, and its events' identities; raises as `read_cxi` does."""
     with open_cxi(path) as file:
         own, data = file[OWN], file[DATA]
         columns = own["stream"].asstr()[:], own["rank"][:], own["idx"][:]

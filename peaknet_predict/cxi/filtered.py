@@ -1,4 +1,4 @@
-"""Events left out of the files: known for good before anybody forgets them."""
+"""Events left out of the files, on record before the queue may forget them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from peaknet_predict.keys import KeySet
 from peaknet_predict.types import EventId
 
 _RECORD_AFTER_S = 1.0
-_RECORD_AFTER = 256  # the queue keeps the images of so many at most, until they are on record
+_RECORD_AFTER = 256  # most events whose images the queue must keep until they are on record
 
 
 class FilteredEvents:
-    """Gathers events that one writer leaves out, and writes many at a time into its journal.
+    """Gathers events that a writer leaves out, and writes many at a time to its journal.
 
     Parameters
     ----------
@@ -39,14 +39,14 @@ class FilteredEvents:
 
     @property
     def due(self) -> bool:
-        """Whether those that wait have waited long enough, or are enough."""
+        """Whether enough events wait, or have waited long enough."""
         if not self._waiting:
             return False
         old = time.monotonic() - self._since >= _RECORD_AFTER_S
         return old or len(self._waiting) >= _RECORD_AFTER
 
     def record(self) -> list[EventId]:
-        """Put all that wait on record, and return them.
+        """Record all waiting events, and return them.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What CXI files of ours and of other programs have in common: frames, a mask, lists of peaks.
+"""Reading what all CXI files have, ours and others: frames, a mask, lists of peaks.
 
 Shape legend: N events of a file, P panels, H rows and W columns of a panel, M peaks of an event.
 """
@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 PEAK_LISTS = ("nPeaks", "peakXPosRaw", "peakYPosRaw")
-"""What a group of peak lists has at least."""
+"""Datasets that every group of peak lists has."""
 
 
 def open_cxi(path: str | Path) -> Any:
-    """Open a finished file for reading; without a lock, which some file systems do not have.
+    """Open a finished file for reading, without a lock: some file systems have none.
 
-    A file of ours is complete before it gets its name, and never changes behind it.
+    One of our files is complete before it gets its name, and never changes afterwards.
 
     Raises
     ------
@@ -30,31 +30,31 @@ def open_cxi(path: str | Path) -> Any:
 
 
 def panels_in(frames: Any) -> int:
-    """Return how many panels a slab of a dataset (N, P*H, W) has; 1 where the file does not say."""
+    """Return how many panels a slab of a dataset (N, P*H, W) has; 1 if the file does not say."""
     return int(frames.parent.attrs.get("panels", 1))
 
 
 def mask_beside(frames: Any) -> Any | None:
     """Return the dataset ``mask`` beside a dataset of frames, None if there is none.
 
-    It has the frames' shape, or that of one frame for all events; 0 is a good pixel.
+    It has the frames' shape, or one frame's shape for all events; 0 is a good pixel.
     """
     mask = frames.parent.get("mask")
     return mask if isinstance(mask, h5py.Dataset) else None
 
 
 def index_of_event(dataset: Any, frames: Any, row: int) -> tuple[int, ...]:
-    """Return where an event's part of a mask begins: nowhere in one that is of all events."""
+    """Return the index of an event's part of a mask; empty if one mask serves all events."""
     return (row,) if dataset.ndim == frames.ndim else ()
 
 
 def read_peak_list(lists: Any, row: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the peaks of an event as a file lists them.
+    """Return the peaks that a file lists for an event.
 
     Parameters
     ----------
     lists
-        A group with `PEAK_LISTS`: (N,), and twice (N, most peaks).
+        A group with `PEAK_LISTS`, of shapes (N,), (N, most peaks) and (N, most peaks).
     row
         The event's place in the file.
 

@@ -1,4 +1,4 @@
-"""How strong each peak is: background-subtracted sums of original pixels.
+"""Peak intensities: background-subtracted sums of original pixels.
 
 CrystFEL ranks the peaks of a CXI file by their intensity and ignores lists that have none.
 
@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from peaknet_predict.types import Image, Peaks
 
-# Pixels. The defaults of CrystFEL's `indexamajig --int-radius`, so that intensities here and there
-# are of one kind.
+# Pixels. The defaults of CrystFEL's `indexamajig --int-radius`, so that intensities are comparable.
 DISC_RADIUS = 4
 RING_INNER_RADIUS = 5
 RING_OUTER_RADIUS = 7
@@ -104,7 +103,7 @@ def integrate_peaks(
             f"{peaks_M3.shape}"
         )
     nearest_M3 = np.rint(peaks_M3)
-    # Stated as what is right, because comparisons with NaN are false.
+    # Stated positively, because comparisons with NaN are false.
     inside_M = ((nearest_M3 >= 0) & (nearest_M3 < image_PHW.shape)).all(axis=1)
     if not inside_M.all():
         row = int(np.argmin(inside_M))

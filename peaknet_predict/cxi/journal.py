@@ -1,8 +1,8 @@
-"""What a writer has done that no CXI file shows: the events it left out, and its balance.
+"""A writer's journal: events that it left out, which no CXI file shows, and its balance.
 
-Each writer appends to a file of its own, ``{prefix}_journal_{writer}.jsonl``. A line is
-``[entry, checksum]``; the first entry names the run and the writer. A line counts once it is
-synced, and only then are its events acknowledged.
+Each writer appends to its own file, ``{prefix}_journal_{writer}.jsonl``. A line is ``[entry,
+checksum]``; the first entry names the run and the writer. A line counts once it is synced, and only
+then are its events acknowledged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from peaknet_predict.process.files import FileSystem, sync_directory, write_all
 class Journal:
     """Appends entries to the journal of one writer.
 
-    After an error the file is left alone, because a sync that has failed once says nothing when it
-    succeeds later: the next entry begins another file.
+    After an error the file is left alone, because a sync that succeeds after a failed one proves
+    nothing: the next entry starts another file.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class Journal:
             raise
 
     def close(self) -> None:
-        """Close the file, if one is open; a later entry begins another."""
+        """Close the file, if one is open; a later entry starts another."""
         if self._file is not None:
             file, self._file = self._file, None
             self._fs.close(file)
@@ -91,18 +91,18 @@ class Journal:
 
 @dataclass(slots=True)
 class JournalContents:
-    """What a journal says.
+    """The contents of a journal.
 
     Attributes
     ----------
     run, writer
-        Whose it is; None where its first line is damaged or was never finished.
+        The run and the writer; None if the first line is damaged or was never finished.
     filtered
         The events left out for having too few peaks.
     balance
-        What became of all that the writer took; None if it has not ended, or died.
+        What became of all events that the writer took; None if it has not ended, or died.
     damaged
-        Number of lines that were synced and cannot be read any more.
+        Number of lines that were synced but can no longer be read.
     """
 
     run: str | None = None
@@ -125,8 +125,8 @@ def read_journal(path: str | Path) -> JournalContents:
     """
     contents = JournalContents()
     lines = Path(path).read_bytes().split(b"\n")
-    # Behind the last line break is nothing, or a line that was never finished; if it is complete,
-    # the line break itself was damaged.
+    # After the last line break comes nothing, or an unfinished line; if that is complete, the line
+    # break was damaged.
     *finished, tail = lines
     entries = [_entry(line) for line in finished]
     entries += [entry for entry in (_entry(tail), _entry(tail[:-1])) if entry is not None]

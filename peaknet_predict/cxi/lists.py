@@ -20,7 +20,7 @@ _PLAIN_NAMES = re.compile(r"files(_\d+x\d+x\d+)?\.lst")
 class FileLists:
     """Keeps ``files.lst`` for the latest run that writes to a directory.
 
-    A list that names files of two detectors would index neither: where a run has events of several
+    A list with files of two detectors is of no use for indexing. If a run has events of several
     shapes, there is one list for each, such as ``files_4x512x1024.lst``, and no ``files.lst``.
 
     Parameters
@@ -30,7 +30,7 @@ class FileLists:
     run
         Only its files are listed, whatever their prefix.
     summary_of
-        Says what a file holds; None if it is not one of ours.
+        Returns what a file holds; None if it is not one of ours.
 
     Attributes
     ----------
@@ -57,8 +57,8 @@ class FileLists:
         """
         self.stale = True
         seen: tuple[bool, list[str]] | None = None
-        # Another writer may finish a file, or a later run begin, between our two steps. Whoever
-        # writes last looks again, so no file is missed.
+        # Another writer may finish a file, or a later run begin, between our two steps. The last
+        # one to write checks again, so no file is missed.
         while (state := (is_displaced(self._directory, self._run), self._cxi_files())) != seen:
             self._write(*state)
             seen = state
@@ -90,7 +90,7 @@ class FileLists:
             self._mention(wanted)
 
     def _take_plain_names(self, wanted: Collection[str]) -> None:
-        """Let what other runs have under plain names go on under names of their own."""
+        """Keep other runs' lists: give those with plain names a name with their run in it."""
         for path in self._directory.glob("files*.lst"):
             if _PLAIN_NAMES.fullmatch(path.name):
                 other = self._run_of(path)

@@ -1,4 +1,4 @@
-"""From events in memory to a finished file with a name, in steps that may fail but not lie."""
+"""From events in memory to a finished, named file; a step that fails says so."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class FilePublisher:
         Returns
         -------
         pathlib.Path or set of EventId
-            The file; or, if other writers have some of the events by now, these, and no file.
+            The file; or, without a file, those events that other writers have by now.
 
         Raises
         ------
         CxiWriteError
-            If it could not be written: there is then no file of these events.
+            If it could not be written; there is then no file with these events.
         """
         ids = {row.result.id for row in rows}
         contents = contents_of(rows, self._max_peaks, self._run, self._directory.owner)
@@ -69,8 +69,8 @@ class FilePublisher:
                     write_cxi_file(raw, rows, contents, self._compression)
                     os.fsync(raw.fileno())
                 verify_cxi_file(temporary, rows, contents)
-            # Asked while the file exists: a writer that takes over later deletes it, and the next
-            # step then fails.
+            # Asked while the file exists: if another writer takes over later, it deletes the file,
+            # and the next step fails.
             lost = ids.difference(self._still_ours(ids))
             if lost:
                 return lost
@@ -82,12 +82,12 @@ class FilePublisher:
         try:
             self._lists.update()
         except OSError as error:
-            # The events are safe; the list is made anew with the next file, or at the end.
+            # The events are safe; the list is made again with the next file, or at the end.
             log.warning("%s", write_error(self._directory.path / LIST_NAME, error, ""))
         return path
 
     def update_lists(self) -> None:
-        """Write the lists, of files that other writers of the run have finished, too.
+        """Write the lists, including files that other writers of the run have finished.
 
         Raises
         ------
@@ -95,7 +95,7 @@ class FilePublisher:
             If a list cannot be written; the CXI files are complete without it.
         """
         try:
-            # A writer that died between a file and its list has left that to the next one.
+            # A writer that died between a file and its list leaves the list to the next one.
             if self._lists.stale or self._directory.files_of(self._run):
                 self._lists.update()
         except OSError as error:
@@ -104,7 +104,7 @@ class FilePublisher:
 
     @contextlib.contextmanager
     def _errors_of_storage(self, num_events: int) -> Iterator[None]:
-        """Raise what goes wrong in the block as an error that says what to do."""
+        """Convert errors in the block to errors that say what to do."""
         try:
             yield
         except (OSError, RuntimeError, MemoryError) as error:  # HDF5 raises all of them

@@ -1,7 +1,7 @@
 """One event, checked and ready to be written: its slab, its mask, its peaks by their strength.
 
-Whatever a file cannot hold is found here, event by event, so that the writing of a file fails for
-reasons of storage only.
+An event that no file can hold is refused here, so that writing a file fails only because of
+storage.
 
 Shape legend: P panels, H rows and W columns of a panel, M peaks of an event.
 """
@@ -31,7 +31,7 @@ class CxiRow:
     Attributes
     ----------
     result
-        The event as it came.
+        The event as received.
     slab
         (P*H, W), its pixels.
     bad
@@ -39,7 +39,7 @@ class CxiRow:
     table
         (5, M) float64, columns `peaknet_predict.cxi.layout.COLUMNS` of the peaks that are listed.
     saturated
-        (M,) bool, which of them have a saturated pixel.
+        (M,) bool, True for peaks with a saturated pixel.
     """
 
     result: Result
@@ -67,7 +67,7 @@ class CxiRow:
 
 
 def check_identity(key: EventId) -> None:
-    """Raise ValueError, with a name that can be printed, for an identity that no file can hold."""
+    """Raise ValueError, with a printable name, for an identity that no file can hold."""
     problem = identity_problem(key)
     if problem is not None:
         raise ValueError(f"event of stream {key.stream!a:.80}: {problem}")
@@ -102,7 +102,7 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     if not _fits(result.bad_pixels):
         raise ValueError("its number of bad pixels is no integer of 64 bits")
     energy = float(result.photon_energy)
-    # Without an energy, 0 or NaN, the peaks are still worth something; a wrong one misleads.
+    # Peaks without an energy (0 or NaN) are still useful; a wrong energy misleads.
     if energy > 0 and not is_plausible(energy):
         raise ValueError(explain_implausible(energy))
     _check_provenance(result.provenance)
@@ -110,7 +110,7 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     intensities = integrate_peaks(image, result.peaks, bad, result.saturation)
     height, width = image.shape[-2:]
     panel, y, x = result.peaks.T
-    # Strongest first: a reader with a shorter list than ours keeps the best, too.
+    # Strongest first: a reader with shorter lists than ours keeps the best ones.
     order = np.argsort(-intensities.total, kind="stable")[:max_peaks]
     table = np.stack(
         [x, panel * height + y, intensities.total, intensities.maximum, intensities.snr]

@@ -1,4 +1,4 @@
-"""A written file read back, before it gets its name."""
+"""Reads a written file back before it gets its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peaknet_predict.types import Image
 
 
 def verify_cxi_file(path: str | Path, rows: Sequence[CxiRow], contents: Contents) -> None:
-    """Read a file back, and compare all that is in it with what it was written from.
+    """Read a file back, and compare everything in it with what it was written from.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def _verify_images(
     buffer = np.empty(shape[1:], data.dtype)
     for i, slab in enumerate(slabs):
         if data.compression is None:
-            # The same bytes, in a third of the time: HDF5 looks at none of them.
+            # The same bytes in a third of the time, because HDF5 does not process them.
             data.id.read_direct_chunk((i, 0, 0), out=buffer.reshape(-1).view(np.uint8))
         else:
             data.read_direct(buffer, np.s_[i])

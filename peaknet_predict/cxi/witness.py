@@ -1,4 +1,4 @@
-"""A file for HDF5 whose errors are not lost."""
+"""A file object for HDF5 whose errors are not lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_METADATA = 2**20  # bytes of one write that HDF5 may want to read again: n
 
 
 class PlainFile(Protocol):
-    """What HDF5 does with a file. Reads and writes are whole: they do all they are asked to do."""
+    """The file operations that HDF5 uses. Reads and writes are complete."""
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill the buffer from the file."""
@@ -20,7 +20,7 @@ class PlainFile(Protocol):
         """Write all of the buffer."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move as any file."""
+        """Seek as in any file."""
 
     def tell(self) -> int:
         """Return the position as any file."""
@@ -30,12 +30,12 @@ class PlainFile(Protocol):
 
 
 class Witness:
-    """What HDF5 is given for a file: it remembers the first exception, and lets none through.
+    """The file object given to HDF5: it remembers the first exception, and raises none.
 
-    HDF5 swallows what the methods of a file object raise. When a write fails it cannot close its
+    HDF5 swallows exceptions from a file object's methods. After a failed write it cannot close its
     objects either: h5py prints such errors but does not raise them (a broken file looks finished),
     and the process may crash later (seen with HDF5 2.0 on a full disk). So HDF5 is told that all is
-    well, nothing more is written, and the error is raised when HDF5 has let go of the file.
+    well, nothing more is written, and the error is raised after HDF5 has closed the file.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ class Witness:
     def __init__(self, file: PlainFile) -> None:
         self.error: BaseException | None = None
         self._file = file
-        # Where HDF5 believes to be, and how long it believes the file to be.
+        # The position and the length of the file, as HDF5 sees them.
         self._position = self._size = 0
-        # What it believes to have written since the error: it crashes if it reads zeros instead.
+        # What HDF5 thinks it has written since the error: it crashes if it reads zeros instead.
         self._unwritten: list[tuple[int, bytes]] = []
 
     def read(self, size: int = -1) -> bytes:
@@ -80,7 +80,7 @@ class Witness:
         return len(view)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move as any file."""
+        """Seek as in any file."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = origin + offset
         self._attempt(self._file.seek, offset, whence)
@@ -98,7 +98,7 @@ class Witness:
         return size
 
     def flush(self) -> None:
-        """Do nothing: the file has no buffer, and syncing is the caller's."""
+        """Do nothing: the file has no buffer, and the caller syncs it."""
 
     def _attempt(self, call: Callable[..., int], *args: Any) -> None:
         if self.error is None:

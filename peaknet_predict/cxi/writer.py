@@ -1,6 +1,6 @@
 """Writing results to CXI files: which event goes into which file, and when a file is full.
 
-What is in a file is described in `layout`; how files come to their names, in `directory`.
+`layout` describes what is in a file; `directory` how files get their names.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["CxiWriteError", "CxiWriter"]
 class CxiWriter:
     """Writes results to CXI files; a file appears under its name only when it is complete.
 
-    Events gather in memory until a file is full, so that a file that cannot be written costs no
-    event: they stay, and the next call tries again. A file is written under a temporary name,
-    synced to disk, read back, and then given the next free number; an existing file is never
-    replaced, even if two writers share directory and prefix. No signal interrupts any of this.
+    Events are kept in memory until a file is full, so a file that cannot be written costs no event:
+    they stay, and the next call tries again. A file is written under a temporary name, synced to
+    disk, read back, and then given the next free number; an existing file is never replaced, even
+    if two writers share directory and prefix. No signal interrupts any of this.
 
-    An event is written once: what finished files of this prefix have is known from the start, and
-    looked up again in `take_over_from`. Events with too few peaks go on record in a journal beside
-    the files, many at a time.
+    An event is written once: the events in finished files of this prefix are known from the start,
+    and looked up again in `take_over_from`. Events with too few peaks are recorded in a journal
+    beside the files, many at a time.
 
     Parameters
     ----------
@@ -49,23 +49,23 @@ class CxiWriter:
     min_peaks
         Events with fewer peaks are counted and left out.
     max_peaks
-        Width of the peak lists. Of an event with more peaks the strongest are kept, and the event
-        is marked as truncated. 2048 is the width that Cheetah uses.
+        Width of the peak lists. An event with more peaks keeps the strongest, and is marked as
+        truncated. 2048 is the width that Cheetah uses.
     compression
         Of the pixels; ``"gzip"`` takes about five times as long as ``"none"``.
     max_file_bytes
-        A file is written when its pixels would exceed this: the bound on the memory used.
+        A file is written before its pixels would exceed this, which limits the memory used.
     create
-        Make the directory if it is missing. Without, a file system that is not mounted is not
-        mistaken for a directory without files, in which everything would be written again.
+        Make the directory if it is missing. If False, a file system that is not mounted is not
+        mistaken for an empty directory, in which everything would be written again.
     run
         Names the run. Writers of one run share their lists of files and their balance; another run
         in the same directory has its own.
     owner
-        Names this writer among those that share the directory.
+        Identifies this writer among those that share the directory.
     still_ours
-        Says which events may still be written here. Asked when a file is complete, just before it
-        gets its name: an event that another writer has by now must not be in two files.
+        Returns which events may still be written here. Called when a file is complete, just before
+        it gets its name: an event that another writer has by now must not be in two files.
 
     Attributes
     ----------
@@ -129,7 +129,7 @@ class CxiWriter:
         self.close()
 
     def __len__(self) -> int:
-        """Return the number of events in memory, in no finished file yet."""
+        """Return the number of events in memory that are in no finished file."""
         return len(self._rows)
 
     @uninterrupted()
@@ -142,14 +142,14 @@ class CxiWriter:
         Returns
         -------
         list of EventId
-            Events that need not be kept any longer: in a finished file, of this writer or of
-            another, or on record as filtered.
+            Events that no longer need to be kept: they are in a finished file of this or another
+            writer, or on record as filtered.
 
         Raises
         ------
         CxiWriteError
-            If a file could not be written. This event is then not taken, earlier ones stay in
-            memory: give it again once the cause is gone.
+            If a file could not be written. This event is then not taken, and earlier ones stay in
+            memory: pass it again once the cause is gone.
         ValueError
             If the event cannot be written at all: its identity, the shape or dtype of the image, or
             a peak outside of it. Nothing else is affected.
@@ -176,18 +176,18 @@ class CxiWriter:
 
         `ANYONE` among the ``owners`` stands for all that share directory and prefix.
 
-        Their unfinished files go, so that a writer that only slept cannot finish one any more; what
-        they had finished before is known from now on. Returns and raises as `flush`.
+        Their unfinished files are deleted, so a writer that was only suspended can no longer finish
+        one; what they had finished before is known from now on. Returns and raises as `flush`.
         """
         self._directory.take_over_from(owners)
         return self._take_settled()
 
     @uninterrupted()
     def record_filtered(self, at_once: bool = False) -> list[EventId]:
-        """Put filtered events on record if there are many, or if one has waited for a second.
+        """Record filtered events if there are many, or if one has waited for a second.
 
-        Call it now and then, because only what is on record is settled; with ``at_once``, all that
-        there is. Returns and raises as `flush`.
+        Call it regularly, because only recorded events are settled; with ``at_once``, all are
+        recorded. Returns and raises as `flush`.
         """
         if at_once or self._filtered.due:
             self._record()
@@ -195,12 +195,12 @@ class CxiWriter:
 
     @uninterrupted()
     def flush(self) -> list[EventId]:
-        """Write the events in memory to a file, full or not, and put filtered ones on record.
+        """Write the events in memory to a file, full or not, and record filtered ones.
 
         Returns
         -------
         list of EventId
-            Events that need not be kept any longer, as `add` returns them.
+            Events that no longer need to be kept, as `add` returns them.
 
         Raises
         ------
@@ -270,7 +270,7 @@ class CxiWriter:
                 self._rows = {}
                 self.account.count_file(published, rows)
                 return
-            # Others write these; the rest goes into a file of its own.
+            # Other writers have these; the rest goes into a separate file.
             for key in published:
                 del self._rows[key]
             self.statistics.handed_over += len(published)

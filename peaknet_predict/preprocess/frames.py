@@ -67,7 +67,7 @@ class Crop(_Window):
         self.allow_crop = allow_crop
 
     def offset(self, shape_PHW: Shape) -> tuple[int, int]:
-        """Return the first row and column that stay; ValueError for panels that do not fit."""
+        """Return the first row and column to keep; raise ValueError for panels that do not fit."""
         _, height, width = shape_PHW
         if height < self.height or width < self.width:
             raise ValueError(
@@ -114,7 +114,7 @@ class Pad(_Window):
         self.style = style
 
     def offset(self, shape_PHW: Shape) -> tuple[int, int]:
-        """Return minus the padding at top and left; ValueError for panels that are too large."""
+        """Return minus the padding at top and left; raise ValueError for too large panels."""
         _, height, width = shape_PHW
         if height > self.height or width > self.width:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What every source of events offers, and what the sources that read files share."""
+"""The interface of all sources of events, and functions that file sources share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SKIP_HINT = ". To leave out files that cannot be read, set skip_unreadable: true
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that a source leaves out because it cannot be read, as the user has asked.
+    """A file that a source leaves out, at the user's request, because it cannot be read.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class SkippedFile:
     reason
         Why it cannot be read.
     events
-        How many events it holds; None if that cannot be known.
+        How many events it holds; None if unknown.
     """
 
     path: Path
@@ -43,17 +43,17 @@ class EventSource(ABC):
     """A finite, repeatable sequence of detector readouts.
 
     Events are numbered from 0 in an order that does not change between passes, so that a feeder
-    that was stopped can go on where it left off.
+    that was stopped can continue where it left off.
     """
 
     skipped: Sequence[SkippedFile] = ()
     """Files that were left out."""
 
     def check(self) -> None:
-        """Make sure that this process can read the events, and log what they are taken for.
+        """Make sure that this process can read the events, and log how they are interpreted.
 
-        A source may be made in one process and read in another, with another environment. Whoever
-        is about to read calls this first.
+        A source may be made in one process and read in another, with another environment. The
+        reading process calls this first.
 
         Raises
         ------
@@ -79,9 +79,9 @@ class EventSource(ABC):
         ------
         idx, image, photon_energy
             The event's number, its (P, H, W) or (H, W) pixels in the source's own dtype, and the
-            photon energy in eV. A record that cannot be used is yielded all the same, so that it
-            is refused and counted downstream: the photon energy is NaN where it is missing, and
-            the image is the reason in words where the frame is unreadable, see `unreadable`.
+            photon energy in eV. A record that cannot be used is still yielded, so that it is
+            refused and counted downstream: the photon energy is NaN where it is missing, and the
+            image is the reason in words where the frame is unreadable, see `unreadable`.
 
         Raises
         ------
@@ -91,7 +91,7 @@ class EventSource(ABC):
 
 
 def check_first(first: int, num_events: int) -> None:
-    """Raise a `ValueError` unless `first` may start a pass over `num_events` events."""
+    """Raise a `ValueError` unless a pass over `num_events` events may start at `first`."""
     if not 0 <= first <= num_events:
         raise ValueError(f"first must lie in 0 ... {num_events}, the number of events; got {first}")
 
@@ -102,14 +102,14 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
     Parameters
     ----------
     path
-        Patterns understand ``*``, ``?``, ``[...]`` and ``**``. A file that exists under the very
-        name of a pattern is meant literally.
+        Patterns understand ``*``, ``?``, ``[...]`` and ``**``. If a file with exactly that name
+        exists, the pattern is taken literally.
 
     Returns
     -------
     list of Path
-        Absolute, because a worker of a cluster has another working directory. In the order given;
-        the matches of one pattern sorted by name.
+        Absolute, because cluster workers have another working directory. In the given order; the
+        matches of a pattern sorted by name.
 
     Raises
     ------
@@ -140,14 +140,14 @@ def resolve_paths(path: str | Sequence[str]) -> list[Path]:
 
 
 def unreadable(path: Path, record: int, cause: Exception | str) -> Image:
-    """Log that a frame cannot be read and return the reason in place of its pixels.
+    """Log that a frame cannot be read, and return the reason in place of its pixels.
 
     Returns
     -------
     ndarray
-        () | text. The items of a queue have no field for a reason. This array takes the place of
-        the image through every queue, and `peaknet_predict.batching.check_event` refuses the
-        event with it. Zeros could be taken for a measured blank.
+        () | text. The items of a queue have no field for a reason. This array replaces the image in
+        every queue, and `peaknet_predict.batching.check_event` refuses the event with it. Zeros
+        could be taken for a measured blank.
     """
     reason = f"{path}: frame {record} is unreadable: {cause}"
     logger.warning("%s", reason)

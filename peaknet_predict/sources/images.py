@@ -32,7 +32,7 @@ _ANGSTROM_PER_FM = 1e-5  # the unit of mccd's wavelength is the femtometre
 
 
 class ImageFileSource(EventSource):
-    """Files with one image of one event each, as detectors at storage rings write them.
+    """Files with one image each, as detectors at storage rings write them.
 
     fabio reads them (``pip install 'peaknet-predict[images]'``), so every format with one 2-D image
     that it knows will do. In files of PILATUS and EIGER detectors, pixels below 0 are masked: -1
@@ -147,7 +147,7 @@ class ImageFileSource(EventSource):
         try:
             with _fabio(path).open(str(path)) as file:
                 pixels, frames = file.data, file.nframes
-        except Exception as error:  # fabio's formats raise whatever they stumble over
+        except Exception as error:  # fabio's readers raise many kinds of errors
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         if frames != 1 or pixels is None or pixels.ndim != 2 or pixels.dtype.kind not in "iuf":
             raise ValueError(f"{path} is not a single 2-D image")

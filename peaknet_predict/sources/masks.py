@@ -16,8 +16,8 @@ Mask = npt.NDArray[np.bool_]
 class Bits(NamedTuple):
     """Which bits of a mask mean what, as in CrystFEL's geometry files.
 
-    A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. Given are the user's own
-    settings; None stands for CXI's and NeXus's, by which any bit marks a bad pixel.
+    A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. The parameters are the
+    user's settings; None stands for the rule of CXI and NeXus, where any bit marks a bad pixel.
     """
 
     good: int | None
@@ -28,7 +28,7 @@ class Bits(NamedTuple):
         return find_masked(values, self.good, self.bad)
 
     def check_share(self, bad: Mask, where: str) -> None:
-        """Raise an error if a mask marks most pixels and the user has not said what bits mean.
+        """Raise an error if a mask marks most pixels and the user has not said what its bits mean.
 
         Masks with 1 for good pixels are as common as masks with 1 for bad ones, and nothing in a
         file tells them apart.

@@ -1,4 +1,4 @@
-"""Events from NumPy's npz archives: a file an event, or a stack of events in a file."""
+"""Events from NumPy's npz archives: one event per file, or a stack of events in a file."""
 
 from __future__ import annotations
 

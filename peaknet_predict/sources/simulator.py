@@ -284,7 +284,7 @@ class Simulator(EventSource):
         y_M, x_M = np.clip(y_M, 0, height - 1), np.clip(x_M, 0, width - 1)
         variance_M = self._background_PHW[spots.panel_M, y_M, x_M]
         variance_M = variance_M + self._readout.noise_photons**2
-        # Without any noise, the ratio of every spot is huge rather than infinite.
+        # Without noise, the ratio of every spot is huge rather than infinite.
         snr_M = spots.heights() / np.sqrt(np.maximum(variance_M, np.finfo(np.float64).tiny))
         planted_M = inside_M & (snr_M >= 1.0)
         peaks_M3 = np.stack([spots.panel_M, spots.y_M, spots.x_M], axis=1)
@@ -305,7 +305,7 @@ class Simulator(EventSource):
         sigma_M = rng.uniform(*SPOT_SIGMA_PX, size=len(reflections.intensity_M))
         direction_x_M = reflections.k_out_M3[:, 0] * wavelength_angstrom(photon_energy)
         photons_M = brightness * reflections.intensity_M * polarisation(direction_x_M)
-        # The tails of spots just outside a panel reach it.
+        # Tails of spots just outside a panel reach into it.
         y_M, x_M = self._detector.project(reflections.k_out_M3)
         spot, panel_M, y_M, x_M = self._detector.to_panels(y_M, x_M, margin=SPOT_RADIUS_PX)
         spots = GaussianSpots(panel_M, y_M, x_M, sigma_M[spot], photons_M[spot])

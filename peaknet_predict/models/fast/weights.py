@@ -23,7 +23,7 @@ class Weights(nn.Module):
 
 
 def behind_norm(norm: ChannelNorm, weight_OC: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a linear layer that does the affine part of a norm before it."""
+    """Return weight and bias of a linear layer merged with the affine part of a norm."""
     return weight_OC * norm.weight, bias_O + weight_OC @ norm.bias
 
 

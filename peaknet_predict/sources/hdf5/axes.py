@@ -25,7 +25,7 @@ _WORDS = {
 def axes_of(
     opened: LinkedFile, name: str, stated: Sequence[str] | None, choosing: bool
 ) -> tuple[str, ...]:
-    """Say what each axis of a dataset is.
+    """Return what each axis of a dataset is.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ def axes_of(
     name
         Path of the dataset, of two or more dimensions.
     stated
-        What the user says that they are; None looks at the file.
+        What the user says they are; None looks in the file.
     choosing
-        Whether the user has chosen a threshold, which says that there is an axis of them.
+        Whether the user has chosen a threshold, which implies an axis of thresholds.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def channel_names(opened: LinkedFile, name: str) -> list[str]:
 
 
 def _said(opened: LinkedFile, name: str, dataset: h5py.Dataset) -> tuple[str, ...] | None:
-    """Return what the attribute ``axes`` of the dataset (CXI) or of its group (NeXus) says."""
+    """Return the attribute ``axes`` of the dataset (CXI) or of its group (NeXus)."""
     group = opened.find(name.rpartition("/")[0] or "/")
     words: list[str] = []
     if "axes" in dataset.attrs:
@@ -95,7 +95,7 @@ def _kind(word: str) -> str | None:
 
 
 def _second(opened: LinkedFile, name: str, dataset: h5py.Dataset, choosing: bool) -> str:
-    """Say what the second of four axes is: panels or thresholds."""
+    """Return what the second of four axes is: panels or thresholds."""
     number = dataset.shape[1]
     if choosing:
         return "thresholds"

@@ -20,18 +20,18 @@ import hdf5plugin  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
-_MAX_LINKS = 16  # links that lead to links: more of them lead in a circle
+_MAX_LINKS = 16  # links to links; more than this many form a circle
 _LISTED = 40  # lines of an inventory
 _VISITED = 5000  # objects looked at for it
 _UNLIMITED = 2**62  # sizes from here on stand for 'as much as there is'
 
 
 class UnreadableError(ValueError):
-    """A file, or something that it refers to, cannot be read; the message says why."""
+    """A file, or something it refers to, cannot be read; the message says why."""
 
 
 def open_file(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading, also one that is still being written in SWMR mode.
+    """Open an HDF5 file for reading, even one that is still being written in SWMR mode.
 
     Raises
     ------
@@ -48,9 +48,9 @@ def open_file(path: Path) -> h5py.File:
 
 
 def _why_not_opened(path: Path, error: OSError) -> str:
-    """Say why a file cannot be opened, never in HDF5's words about a file that is being written.
+    """Explain why a file cannot be opened, without HDF5's advice on files being written.
 
-    Those advise to clear its flags with a tool that damages a live file.
+    HDF5 advises clearing its flags with a tool that damages a live file.
     """
     text = str(error)
     if not path.exists():
@@ -80,8 +80,8 @@ def _why_not_opened(path: Path, error: OSError) -> str:
 class LinkedFile:
     """An HDF5 file, opened for reading, and the files that its links lead to.
 
-    Links are followed here, one by one. HDF5 itself opens whatever they name, anywhere, and does
-    not distinguish a broken one from a name that does not exist.
+    Links are followed here, one by one. HDF5 itself would open any file they name, anywhere, and
+    does not distinguish a broken link from a missing name.
 
     Parameters
     ----------
@@ -198,9 +198,9 @@ class LinkedFile:
         folder = referrer.absolute().parent
         candidates = [folder / name, referrer.resolve().parent / name]
         if os.path.isabs(name):
-            # HDF5 looks beside the file too, in case both have moved.
+            # HDF5 also looks beside the file, in case both have moved.
             candidates.append(folder / os.path.basename(name))
-        # Lexically: a link may be a trap, a symbolic link in the folder is the owner's own.
+        # Lexically: an HDF5 link may be a trap; a symbolic link in the folder is the owner's.
         paths = [Path(os.path.normpath(candidate)) for candidate in candidates]
         found = next((path for path in paths if path.exists()), None)
         if found is None:

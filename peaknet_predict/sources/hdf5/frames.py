@@ -98,7 +98,7 @@ class Frames:
         except READ_ERRORS as error:
             raise UnreadableError(f"{self._where}: {error}") from error
         if self._dataset.is_virtual:
-            # A source that had gone before HDF5 opened it has still gone now.
+            # A source that was gone before HDF5 opened it is still gone now.
             self._storage.check(record)
         unmapped = self._storage.unmapped(record)
         if unmapped is not None:
@@ -131,6 +131,6 @@ class Frames:
 
 
 def _order(axes: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Return the permutation that brings the axes that are wanted into that order."""
+    """Return the permutation that brings the wanted axes into order."""
     kept = [axis for axis in axes if axis in wanted]
     return [kept.index(axis) for axis in wanted if axis in kept]

@@ -1,4 +1,4 @@
-"""What a file holds: which datasets, in which order, and what their axes are."""
+"""What a file holds: datasets, their order, and their axes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Join = Literal["events", "panels"]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user says of the layout; the fields are options of `Hdf5Source`."""
+    """What the user says about the layout; the fields are options of `Hdf5Source`."""
 
     data: str | list[str] | None
     join: Join | None
@@ -47,7 +47,7 @@ class Layout:
     names
         Datasets, one after the other (``join`` "events") or one for each panel ("panels").
     join
-        How several of them belong together.
+        How several datasets belong together.
     axes
         What each axis of each of them is.
     threshold
@@ -218,7 +218,7 @@ def _names(opened: LinkedFile, request: Request) -> tuple[list[str], Join]:
 
 
 def _warn_of_others(opened: LinkedFile, name: str) -> None:
-    """Warn if a dataset is one piece of a series, the others of which are not read."""
+    """Warn if a dataset is one piece of a series whose other pieces are not read."""
     group, _, own = name.rpartition("/")
     others = frames_of_group(opened, group) if NUMBERED.fullmatch(own) else []
     if len(others) > 1:

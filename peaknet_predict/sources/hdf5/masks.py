@@ -1,4 +1,4 @@
-"""Bad pixels that a file knows of: masks beside the frames, and values that mark bad pixels."""
+"""Bad pixels in a file: masks beside the frames, and values that mark bad pixels."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def axes_of_mask(
     data_shape: tuple[int, ...],
     image_shape: tuple[int, ...],
 ) -> tuple[str, ...] | None:
-    """Say what each axis of a mask is, by comparison with the frames; None if it does not fit.
+    """Return what each axis of a mask is, by comparison with the frames; None if it does not fit.
 
     Parameters
     ----------

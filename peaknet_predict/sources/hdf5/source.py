@@ -59,7 +59,7 @@ class _File:
 
     @property
     def kind(self) -> str:
-        """What its axes were taken for, in words; the same for files that are alike."""
+        """How its axes were interpreted, in words; the same for files that are alike."""
         return f"{self.layout}; photon energy from {self.energy_from}"
 
 
@@ -67,8 +67,8 @@ class Hdf5Source(EventSource):
     """Frames of HDF5 files, in the files' own dtype; pixels that a mask declares bad are masked.
 
     Without ``data``, the frames are found where CXI, NeXus and DECTRIS files keep them, see
-    ``docs/input-data.md``. Their axes are taken as follows, and a log line says at start what each
-    of them was taken for:
+    ``docs/input-data.md``. Their axes are interpreted as follows, and a log line at the start says
+    how:
 
     ====================================  ========================  ===========
     dataset                               option                    image
@@ -155,7 +155,7 @@ class Hdf5Source(EventSource):
             raise ValueError("data is an empty list: name at least one dataset")
         _check_axes(axes, threshold)
         check_photon_energy_ev(photon_energy_ev)
-        # Filters of a folder that the environment of this process names; that of a worker may not.
+        # Folders of filters that this process's environment names; a worker's may not.
         self._plugins = os.environ.get("HDF5_PLUGIN_PATH", "")
         self._request = Request(data, join, axes, threshold, panel_height)
         self._energy = (photon_energy, photon_energy_unit, photon_energy_ev)
@@ -185,7 +185,7 @@ class Hdf5Source(EventSource):
         with LinkedFile(path, self._allow_external) as opened:
             layout, lost = find_layout(opened, self._request, skip)
             reader = Reader(opened, layout, *self._mask)
-            # Masks of many files would take long to read; those of the others are looked at later.
+            # Reading the masks of many files would take long; the others' are read later.
             reader.check(with_masks=not self._files)
             num = layout.num_events
             if photon_energy_ev is not None:
@@ -295,7 +295,7 @@ class Hdf5Source(EventSource):
 
 
 def _describe(kind: str, files: list[_File]) -> str:
-    """Say in one line what files that are alike were taken for."""
+    """Log in one line how files that are alike were interpreted."""
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     events = sum(file.layout.num_events for file in files)
     energies = np.concatenate([file.energies for file in files])

@@ -1,7 +1,7 @@
-"""Which frames of a dataset are really there.
+"""Which frames of a dataset really exist.
 
-HDF5 answers with a fill value, without an error, for a chunk that was never written and for a
-virtual dataset whose source is gone. A fill value must not pass for a measurement.
+For a chunk that was never written, and for a virtual dataset whose source is gone, HDF5 returns a
+fill value without an error. A fill value must not pass for a measurement.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class Storage:
             raise UnreadableError(f"{where}: nothing was ever written to it")
 
     def check(self, record: int) -> None:
-        """Raise an `UnreadableError` unless a frame is there."""
+        """Raise an `UnreadableError` unless a frame exists."""
         reason = self.why_missing(record)
         if reason is not None:
             raise UnreadableError(reason)
 
     def why_missing(self, record: int) -> str | None:
-        """Say why a frame is not there; None if it is."""
+        """Return why a frame does not exist; None if it does."""
         if self._dataset.is_virtual:
             touching = self._touching(record)
             if not touching:
@@ -183,7 +183,7 @@ class _Source:
         if not isinstance(source, h5py.Dataset):
             raise UnreadableError(f"{file.filename} has no such dataset")
         if source.file.swmr_mode and not dataset.file.swmr_mode:
-            # HDF5 opens it in the mode of this file, fails, and fills in without a word.
+            # HDF5 opens it in the mode of this file, fails, and silently fills in.
             raise UnreadableError(f"{source.file.filename} is still being written; wait")
         slabs = _slabs(mapping.src_space, source.shape)
         if any(
@@ -209,7 +209,7 @@ class _Source:
 
     @property
     def area(self) -> tuple[Any, ...]:
-        """What it fills of a frame, to compare with."""
+        """The part of a frame that it fills, for comparison."""
         return tuple(
             selected for axis, selected in enumerate(self._slab.axes) if axis != self._axis
         )
@@ -223,7 +223,7 @@ class _Source:
         return np.array([self._slab.index(axis, k) for k in range(self._slab.size(axis))], np.intp)
 
     def why_missing(self, record: int) -> str | None:
-        """Say why its part of a frame is not there; None if it is."""
+        """Return why its part of a frame does not exist; None if it does."""
         if self.problem is not None:
             return self.problem
         if self._path is not None and not os.path.exists(self._path):
