@@ -7,7 +7,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 # Two processes at a time, each on one core: torch would start a thread for every core in both.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/unit
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 OTHERS := tests/ray tests/system tests/gpu
 
 .PHONY: demo check test lint test-slow test-gpu test-benchmarks coverage clean
@@ -17,11 +17,11 @@ demo: .venv/installed
 
 # Before each commit: a tenth of the examples of each property, and no test marked `thorough`.
 check: lint
-	QUICK_TESTS=1 $(UNIT) -m 'not slow and not thorough'
+	QUICK_TESTS=1 $(UNIT) -m 'not slow and not thorough' tests/unit
 
 # What continuous integration runs, after `make lint`.
 test: .venv/installed
-	$(UNIT)
+	$(UNIT) tests/unit tests/storage_simulation
 	$(BIN)/pytest $(OTHERS)
 
 lint: .venv/installed
@@ -44,7 +44,7 @@ test-benchmarks: .venv/installed
 # The same tests as `make test`, and a floor below which it fails.
 coverage: .venv/installed
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 tests/unit tests/storage_simulation
 	$(BIN)/coverage run -m pytest $(OTHERS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered
