@@ -93,9 +93,12 @@ def unpack_mask(bits: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
 def split_masked(image: Any) -> tuple[Any, Bits | None]:
     """Split a masked array into its pixels, as they are under the mask, and the mask as bits.
 
-    Anything else comes back as it is, with None; so does a masked array without masked pixels.
+    Anything else comes back as it is, with None; so does a masked array without masked pixels, and
+    one whose mask does not fit its pixels.
     """
     if not isinstance(image, np.ma.MaskedArray):
         return image, None
     pixels, mask = np.ma.getdata(image), np.ma.getmaskarray(image)
+    if mask.dtype != np.bool_ or mask.shape != pixels.shape:
+        return image, None
     return pixels, pack_mask(mask) if mask.any() else None

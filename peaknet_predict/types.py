@@ -104,7 +104,7 @@ class Event:
     @property
     def nbytes(self) -> int:
         """Size of the payload in bytes, by which a queue bounds its memory."""
-        return int(self.image.nbytes + (0 if self.bad_bits is None else self.bad_bits.nbytes))
+        return _nbytes(self.image, self.bad_bits)
 
 
 @dataclass(slots=True)
@@ -154,8 +154,7 @@ class Result:
     @property
     def nbytes(self) -> int:
         """Size of the payload in bytes, by which a queue bounds its memory."""
-        bits = 0 if self.bad_bits is None else self.bad_bits.nbytes
-        return int(self.image.nbytes + self.peaks.nbytes + bits)
+        return _nbytes(self.image, self.bad_bits, self.peaks)
 
     def drop_pixels(self) -> None:
         """Let go of pixels and mask; the image is then empty: (P, 0, 0) or (0, 0)."""
@@ -171,6 +170,11 @@ class Result:
             bad = find_bad_pixels(self.image)
             return bad if bad.any() else None
         return unpack_mask(self.bad_bits, self.image.shape) if self.bad_bits.size else None
+
+
+def _nbytes(*arrays: Any) -> int:
+    """Return the bytes of arrays; what stands in their place has none."""
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 @dataclass(slots=True)

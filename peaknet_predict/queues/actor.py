@@ -17,6 +17,7 @@ from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState
 from peaknet_predict.queues.statistics import QueueStatistics
+from peaknet_predict.queues.unpickling import contain_unpickling
 from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.queues.wire import event_to_item, results_to_item
 from peaknet_predict.types import Event, Result
@@ -61,6 +62,7 @@ class QueueActor:
     """
 
     def __init__(self, kind: Kind, address: QueueAddress) -> None:
+        contain_unpickling()
         self._address = address
         self._tick_s = min(_TICK_S, address.lease_s / 4, address.producer_timeout_s / 4)
         self._spool = None if address.spool is None else Spool(address.spool)

@@ -14,14 +14,16 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from peaknet_predict.process.stopping import uninterrupted
 from peaknet_predict.queues.address import QueueAddress, QueueError
 from peaknet_predict.queues.foreign_streams import ForeignStreams
+from peaknet_predict.queues.plain_data import sanitized
 from peaknet_predict.queues.quarantine import Quarantine
-from peaknet_predict.queues.records import END_MARKER, Kind, sanitized
+from peaknet_predict.queues.records import END_MARKER, Kind
 from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.waiting_notice import WaitingNotice
 from peaknet_predict.queues.wire import (
-    Opaque,
+    cannot_unpickle,
     event_to_item,
     item_to_event,
     item_to_results,
@@ -281,9 +283,16 @@ def _is_end_marker(item: Any) -> bool:
 
 def _taken(name: str, reference: Any) -> Any:
     """Return an item; one of a class that is unknown here is a bad item, not the stream's end."""
-    try:
-        return sanitized(_answer(name, "get", reference))
-    except QueueError:
-        raise
-    except Exception as error:
-        return Opaque(f"(cannot be unpickled: {type(error).__name__}: {error})"[:500])
+    import ray
+
+    ray.wait([reference])
+    # While an object is made again it may raise anything, also what a signal raises.
+    with uninterrupted():
+        try:
+            return sanitized(_answer(name, "get", reference))
+        except QueueError:
+            raise
+        except ray.exceptions.RaySystemError as error:
+            return cannot_unpickle(getattr(error, "client_exc", error))
+        except BaseException as error:
+            return cannot_unpickle(error)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.held_leases import Finished, HeldLeases
-from peaknet_predict.queues.records import ForeignItem, Kind, Record
+from peaknet_predict.queues.records import ForeignItem, Kind, Record, purged
 from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.transport import Acknowledgements, ActorCalls, Heartbeat
@@ -56,10 +56,16 @@ class NativeProducer:
         records: Sequence[Event | Result],
         stop: threading.Event | None = None,
     ) -> int:
-        """Put records in order, waiting for room until ``stop`` is set; return how many went in."""
+        """Put records in order, waiting for room until ``stop`` is set; return how many went in.
+
+        Raises
+        ------
+        TypeError
+            If one of them is no record: then none is put.
+        """
         notice = WaitingNotice(f"queue {self._calls.settings.name!r} is full; waiting")
         accepted = 0
-        for left in _by_size(records):
+        for left in _by_size([purged(record) for record in records]):
             while left:
                 if stop is not None and stop.is_set():
                     return accepted

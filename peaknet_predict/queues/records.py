@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from peaknet_predict.queues.wire import Opaque, described, named
+from peaknet_predict.queues.plain_data import is_plain_array, plain_identity, sanitized
+from peaknet_predict.queues.wire import described, named
 from peaknet_predict.types import Event, EventId, Result, identity_problem
 
 Kind = Literal["events", "results"]
@@ -17,10 +18,8 @@ END_MARKER = "END"
 """What readers that know only ``get`` receive at the end of a queue of results."""
 
 _POISON_AFTER = 2  # losses; two of them are hardly ever a coincidence
-_DEPTH = 4  # of nested lists; anything deeper is not an event
 _TEXT = 1000  # characters kept of an object that is none of ours
-_LONGEST_INTEGER = 4096  # bits
-_PLAIN = frozenset({type(None), bool, float, complex, str, bytes})
+_POINTER = 8  # bytes that a list has for each of its parts
 
 
 @dataclass(slots=True)
@@ -49,8 +48,8 @@ class ForeignItem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays in the payload, one or two levels deep."""
-        return _nbytes(self.payload, depth=2)
+        """About how many bytes the payload takes in memory."""
+        return _nbytes(self.payload)
 
 
 Record = Event | Result | ForeignItem
@@ -112,21 +111,79 @@ def entry_of(record: Record, uid: str = "") -> Entry:
 def _in_place_of(record: Event | Result | ForeignItem, uid: str) -> ForeignItem:
     """Return an item that can be kept, made of the parts of a record that cannot."""
     parts = [sanitized(getattr(record, name, None)) for name in ("image", "photon_energy")]
-    key = record.id
+    key = EventId(*map(plain_identity, record.id))
     if identity_problem(key) is None:
-        return ForeignItem([int(key.rank), int(key.idx), *parts], key.stream, _position_of(key))
+        return ForeignItem([key.rank, key.idx, *parts], key.stream, _position_of(key))
     stated = [described(part, _TEXT) for part in key]
-    return ForeignItem([*stated, *parts], f"{uid}#refused", _position_of(key))
+    # Of what is neither text nor an integer, the text says not all: two may have the same.
+    known = all(isinstance(part, str | int) for part in key)
+    position = _position_of(key) if known else _position_of((*key, *parts))
+    return ForeignItem([*stated, *parts], f"{uid}#refused", position)
 
 
-def _position_of(key: EventId) -> int:
+def _position_of(parts: tuple[Any, ...]) -> int:
     """Return a number that distinguishes items that do not state an identity."""
-    exactly = "\n".join(_exactly(part) for part in key)
-    return int.from_bytes(hashlib.blake2b(exactly.encode(), digest_size=7).digest())
+    digest = hashlib.blake2b(digest_size=7)
+    for part in parts:
+        digest.update(_exactly(part))
+    return int.from_bytes(digest.digest())
+
+
+def purged(record: Event | Result) -> Event | Result:
+    """Return a record without objects of foreign classes, so that any process can unpickle it.
+
+    In their place is what they say of themselves: see `sanitized`.
+
+    Raises
+    ------
+    TypeError
+        If it is no record, or its identity is none.
+    """
+    if not isinstance(record, Event | Result):
+        raise TypeError(f"only an Event or a Result can be put, not {described(record, 200)}")
+    if _is_pure(record):
+        return record
+    if not isinstance(record.id, tuple) or len(record.id) != 3:
+        raise TypeError(f"an id is (stream, rank, idx), not {described(record.id, 200)}")
+    key = EventId(*map(plain_identity, record.id))
+    image, energy = sanitized(record.image), sanitized(record.photon_energy)
+    bits, put_at = sanitized(record.bad_bits), sanitized(record.put_at)
+    if not isinstance(record, Result):
+        return Event(key, image, energy, put_at, bits)
+    peaks, bad_pixels = sanitized(record.peaks), sanitized(record.bad_pixels)
+    return Result(
+        key,
+        image,
+        peaks,
+        energy,
+        bad_pixels,
+        put_at,
+        bits,
+        sanitized(record.saturation),
+        sanitized(record.provenance),
+    )
+
+
+def _is_pure(record: Event | Result) -> bool:
+    """Whether a record is what its annotations say, without any foreign class."""
+    arrays = [record.image] if record.bad_bits is None else [record.image, record.bad_bits]
+    numbers = [record.photon_energy, record.put_at]
+    if isinstance(record, Result):
+        arrays.append(record.peaks)
+        numbers += [record.bad_pixels, record.saturation or 0.0]
+        if type(record.provenance) not in (str, type(None)):
+            return False
+    return (
+        type(record) in (Event, Result)
+        and type(record.id) is EventId
+        and list(map(type, record.id)) == [str, int, int]
+        and all(map(is_plain_array, arrays))
+        and all(type(one) is float or (type(one) is int and abs(one) < 2**63) for one in numbers)
+    )
 
 
 def plain(record: Record) -> Record:
-    """Return a record that any reader can unpickle and a spool can write: see `sanitized`.
+    """Return a record that any reader can unpickle and a spool can write: see `purged`.
 
     An event that holds anything but an array and a number becomes an item that its reader refuses,
     under the event's own identity.
@@ -138,94 +195,38 @@ def plain(record: Record) -> Record:
     """
     if isinstance(record, ForeignItem):
         return record
+    record = purged(record)
     problem = identity_problem(record.id)
     if problem is not None:
         raise ValueError(f"{described(tuple(record.id), 200)} cannot be kept: {problem}")
-    arrays = [record.image, record.peaks] if isinstance(record, Result) else [record.image]
-    if record.bad_bits is not None:
-        arrays.append(record.bad_bits)
-    if isinstance(record, Result) and type(record.provenance) not in (str, type(None)):
-        raise ValueError(f"result {record.id}: its provenance must be text")
-    if all(_is_plain(array) for array in arrays) and type(record.photon_energy) is float:
+    if _is_pure(record) and type(record.photon_energy) is float:
         return record
     if isinstance(record, Result):
-        raise ValueError(f"result {record.id}: image, peaks and mask must be arrays of numbers")
-    image, energy = sanitized(record.image), sanitized(record.photon_energy)
-    bits = sanitized(record.bad_bits)
+        raise ValueError(
+            f"result {record.id}: image, peaks and mask must be arrays, its provenance text, and "
+            "all else numbers"
+        )
+    image, energy, bits = record.image, record.photon_energy, record.bad_bits
     is_number = type(energy) in (int, float) and abs(energy) < 1e300
-    if _is_plain(image) and is_number and (bits is None or _is_plain(bits)):
-        return replace(record, image=image, photon_energy=float(energy), bad_bits=bits)
-    payload = [int(record.id.rank), int(record.id.idx), image, energy]
+    if is_plain_array(image) and is_number and (bits is None or is_plain_array(bits)):
+        put_at = record.put_at if type(record.put_at) in (int, float) else 0.0
+        return Event(record.id, image, float(energy), put_at, bits)
+    payload = [record.id.rank, record.id.idx, image, energy]
     return ForeignItem(payload, record.id.stream, _position_of(record.id))
 
 
-def sanitized(value: Any, depth: int = _DEPTH) -> Any:
-    """Return a foreign object in which all but plain data and arrays is replaced.
-
-    Readers in other environments can then unpickle it, and a spool can write it. Never raises.
-    """
-    kind = type(value)
-    if kind in _PLAIN or (kind is int and value.bit_length() <= _LONGEST_INTEGER):
-        return value
-    if _is_plain(value):
-        return value
-    if kind is list and depth > 0:
-        return [sanitized(part, depth - 1) for part in value]
-    if kind is tuple and depth > 0:
-        return tuple(sanitized(part, depth - 1) for part in value)
-    try:
-        base = _without_its_class(value)
-    except Exception:  # a foreign class's methods may raise anything
-        base = value
-    if isinstance(base, np.ma.MaskedArray):
-        return base
-    return Opaque(described(value, _TEXT)) if base is value else sanitized(base, depth)
+def _exactly(part: Any) -> bytes:
+    """Return bytes that are different for each integer, text and array."""
+    if isinstance(part, np.ndarray):
+        return part.tobytes()
+    kind = type(part)
+    text = hex(part) if kind is int else repr(part) if kind is str else described(part, _TEXT)
+    return f"{kind.__name__} {text}\n".encode()
 
 
-def _without_its_class(value: Any) -> Any:
-    """Return an object of a class derived from plain data as plain data; others as they are."""
-    if isinstance(value, np.ma.MaskedArray):
-        pixels = np.asarray(value)
-        mask = np.array(np.ma.getmaskarray(value))
-        return np.ma.MaskedArray(pixels, mask) if _is_plain(pixels) else pixels
-    if type(value) is not np.ndarray and isinstance(value, np.ndarray):
-        return np.asarray(value)
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, np.floating):
-        return float(value)
-    if isinstance(value, np.complexfloating):
-        return complex(value)
-    for base in (float, complex, str, bytes, list, tuple, int):
-        if isinstance(value, base) and type(value) is not base:
-            # Without asking the derived class, whose methods may do anything.
-            return base.__add__(value, base())  # type: ignore[operator]
-    return value
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an array consists of its bytes, and its dtype's name says how to read them."""
-    if type(value) is not np.ndarray:
-        return False
-    dtype = value.dtype
-    return dtype.kind in "biufcSUmM" and np.dtype(dtype.str) == dtype and dtype.itemsize > 0
-
-
-def _exactly(part: Any) -> str:
-    """Return a text that is different for each integer and each text."""
-    if isinstance(part, int):
-        return hex(part)
-    return repr(str(part)) if isinstance(part, str) else described(part, _TEXT)
-
-
-def _nbytes(value: Any, depth: int) -> int:
-    size = getattr(value, "nbytes", None)
-    if isinstance(size, int):
-        return size
-    if isinstance(value, str | bytes):
-        return len(value)
-    if depth > 0 and isinstance(value, list | tuple):
-        return sum(_nbytes(part, depth - 1) for part in value)
-    return 0
+def _nbytes(value: Any) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value), start=_POINTER * len(value))
+    return len(value) if isinstance(value, str | bytes) else 0

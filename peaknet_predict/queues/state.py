@@ -16,6 +16,7 @@ from peaknet_predict.queues.dispatch import Delivery, next_records
 from peaknet_predict.queues.intake import Intake
 from peaknet_predict.queues.journal import Journal
 from peaknet_predict.queues.leases import LeaseBook
+from peaknet_predict.queues.plain_data import sanitized
 from peaknet_predict.queues.ready import ReadyLines
 from peaknet_predict.queues.records import (
     END_MARKER,
@@ -24,7 +25,6 @@ from peaknet_predict.queues.records import (
     Kind,
     Record,
     entry_of,
-    sanitized,
 )
 from peaknet_predict.queues.settlements import Settlements
 from peaknet_predict.queues.statistics import QueueStatistics

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from peaknet_predict.pixels import unpack_mask
+from peaknet_predict.process.stopping import uninterrupted
 from peaknet_predict.types import Event, EventId, Refusal, Result, identity_problem
 
 
@@ -58,7 +59,10 @@ def item_to_event(item: Any, stream: str, position: int) -> Event | Refusal:
     identity = EventId(stream, *name)
     if not isinstance(image, np.ndarray):
         return Refusal(identity, f"image is {_describe(image)}, not an ndarray")
-    return Event(identity, image, _as_float(photon_energy))
+    energy = _as_float(photon_energy)
+    if energy is None:
+        return Refusal(identity, f"photon energy is {_describe(photon_energy)}, not a number")
+    return Event(identity, image, energy)
 
 
 def named(item: Any) -> tuple[int, int] | None:
@@ -107,17 +111,22 @@ def _decode_result(part: Any, identity: EventId) -> Result | Refusal:
         table = np.asarray(peaks, dtype=np.float64).reshape(-1, 3)
     except (TypeError, ValueError, OverflowError):
         return Refusal(identity, f"peaks are not [panel, y, x] triples: {_describe(peaks)}")
-    return Result(identity, image, table, _as_float(photon_energy))
+    energy = _as_float(photon_energy)
+    if energy is None:
+        return Refusal(identity, f"photon energy is {_describe(photon_energy)}, not a number")
+    return Result(identity, image, table, energy)
 
 
-def _as_float(value: Any) -> float:
-    """Return a float; NaN or infinity, which no event is accepted with, for anything else."""
+def _as_float(value: Any) -> float | None:
+    """Return a number as a float, infinity for one that is too large; None for what is none."""
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf":
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None  # digits in a text may have any meaning
     try:
         return float(value)
     except OverflowError:
         return math.inf
-    except Exception:  # a foreign class's conversion may raise anything
-        return math.nan
 
 
 @dataclass(slots=True)
@@ -131,6 +140,16 @@ class Opaque:
 
     def __repr__(self) -> str:
         return self.description
+
+
+def cannot_unpickle(error: BaseException) -> Opaque:
+    """Return what stands for an object that could not be unpickled."""
+    with uninterrupted():
+        try:
+            text = f": {error}"
+        except BaseException:
+            text = ""
+    return Opaque(printable(f"cannot be unpickled: {type(error).__name__}{text}"[:500])[:500])
 
 
 def _describe(value: Any) -> str:
@@ -157,7 +176,7 @@ class _Short(reprlib.Repr):
     def repr_instance(self, x: object, level: int) -> str:
         try:
             return repr(x)[: self.maxother]
-        except Exception as error:
+        except BaseException as error:
             return f"(its repr fails: {type(error).__name__})"
 
 
@@ -165,10 +184,12 @@ def described(value: Any, length: int) -> str:
     """Return an object's type and the beginning of its text, on one line; never raises."""
     if isinstance(value, Opaque):
         return value.description[:length]
-    try:
-        text = _Short().repr(value)
-    except Exception as error:
-        text = f"(its repr fails: {type(error).__name__})"
+    # The methods of a foreign class may raise anything, also what a signal raises.
+    with uninterrupted():
+        try:
+            text = _Short().repr(value)
+        except BaseException as error:
+            text = f"(its repr fails: {type(error).__name__})"
     return printable(f"{type(value).__name__} {text}"[:length])[:length]
 
 

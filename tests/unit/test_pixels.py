@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peaknet_predict.pixels import find_bad_pixels, pack_mask, unpack_mask
-from peaknet_predict.queues.records import sanitized
+from peaknet_predict.queues.plain_data import sanitized
 from peaknet_predict.queues.wire import event_to_item, item_to_event, item_to_results
 from peaknet_predict.types import Event, EventId, Result
 

@@ -327,7 +327,7 @@ def test_foreign_puts_end_with_none_and_begin_again_with_the_next_item() -> None
     assert state.put_foreign(None)
     first = ask(state)
     assert isinstance(first.records[0], ForeignItem)
-    assert first.records[0].nbytes == 24
+    assert first.records[0].nbytes == 24 + 4 * 8
     state.ack(tokens(first))
     assert ask(state).ended
     assert state.put_foreign([0, 0, np.zeros(3), 1.0])

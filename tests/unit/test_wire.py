@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from peaknet_predict.queues.records import ForeignItem, sanitized
+from peaknet_predict.queues.plain_data import sanitized
+from peaknet_predict.queues.records import ForeignItem
 from peaknet_predict.queues.wire import (
     event_to_item,
     item_to_event,
