@@ -59,6 +59,11 @@ class Kind(NamedTuple):
         # Only what knows no negative numbers of its own takes them for none.
         return self.fate == WRITTEN or self.name in _NEGATIVE
 
+    @property
+    def is_refused_at_put(self) -> bool:
+        """Whether no queue ever sees it."""
+        return self.fate == AT_PUT
+
 
 class Raises:
     """Every method that a reader might call raises."""

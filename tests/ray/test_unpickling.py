@@ -61,8 +61,8 @@ def test_a_producer_of_ours_sends_what_is_left_of_foreign_objects(address: Queue
     queue.producer.open("p")
     strange: list[Any] = [(k for k in "ab"), Unpickled(SystemExit), lambda: 0]
     events = [Event(EventId("s", 0, idx), image, 9e3) for idx, image in enumerate(strange)]
-    named: Any = EventId("s", np.int64(0), np.int64(7))
-    assert queue.producer.put("p", [*events, Event(named, IMAGE, 9e3)]) == 4
+    numbers: list[Any] = [np.int64(0), np.int64(7)]
+    assert queue.producer.put("p", [*events, Event(EventId("s", *numbers), IMAGE, 9e3)]) == 4
     with pytest.raises(TypeError, match="only an Event or a Result can be put, not str"):
         queue.producer.put("p", ["text"])  # type: ignore[list-item]
     queue.producer.close("p")
