@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.reliability.chaos import REPOSITORY
+from benchmarks.reliability.chaos.cluster import REPOSITORY
 from benchmarks.reliability.fuzz_kinds import GOOD, WRITTEN, Kind, kinds
 from benchmarks.reliability.soak import start
 from peaknet_predict.cxi.file import CxiEvent, read_cxi
