@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.unpickling import contain_unpickling
 from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.queues.wire import event_to_item, results_to_item
-from peaknet_predict.types import Event, Result
+from peaknet_predict.types import Event, EventId, Result
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +38,9 @@ LINGER_S = 0.005
 An answer costs the queue's process about a millisecond, each record in it a few microseconds. While
 events arrive faster than this, several share an answer.
 """
+
+_PATIENCE_S = 50.0
+"""How long a queue that comes back waits for its quarantine: shorter than clients wait for it."""
 
 _NOTHING = Delivery([], [], {}, False, False, {})
 
@@ -89,7 +95,7 @@ class QueueActor:
             found = self._spool.replay
             self._state.restore(
                 *(found.entries, found.keys, found.books, found.accepted, found.quarantined),
-                kept=self._quarantine.look_up({entry.id for entry in found.entries}),
+                kept=kept_earlier(self._quarantine, {entry.id for entry in found.entries}),
             )
             if found.books is None:
                 # The name must not change with the next life.
@@ -276,3 +282,28 @@ class QueueActor:
             # Readers that took records have left room for producers.
             if not self._readers.serve(is_worth_trying):
                 return
+
+
+def kept_earlier(
+    quarantine: Quarantine, keys: set[EventId], patience_s: float = _PATIENCE_S
+) -> dict[EventId, str]:
+    """Return which events a quarantine has from an earlier life of the queue, and why.
+
+    An index that cannot be read for a moment must not be the end of a queue that comes back: Ray
+    starts none again whose constructor has failed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read after ``patience_s`` either.
+    """
+    deadline = time.monotonic() + patience_s
+    while keys:
+        try:
+            return quarantine.look_up(keys)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.error("quarantine %s cannot be read; waiting: %s", quarantine.directory, error)
+            time.sleep(_TICK_S)
+    return {}

@@ -55,8 +55,8 @@ def test_one_wrong_bit_is_noticed() -> None:
     [
         (0, [], "", None),
         (3, [], "", "expected one of"),
-        (1, ["paused"], "ERROR why", "expected one of"),
-        (1, ["cluster"], "ERROR why", None),
+        (1, ["paused"], "12:00:00 ERROR why", "expected one of"),
+        (1, ["cluster"], "12:00:00 ERROR why", None),
         (1, ["cluster"], "", "says no reason"),
         (0, ["end"], "", None),
         (9, ["end"], "", "expected one of"),
@@ -70,7 +70,7 @@ def test_an_end_that_no_fault_explains_is_an_error(
     part.log.write_text(said)
     process = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
     process.wait()
-    part.lives.append(Life(process, 0, hits))
+    part.lives.append(Life(process, 0, hits, ended_at=-60.0))
     if problem is None:
         assert part.look() == code
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from peaknet_predict.batching import check_event
+from peaknet_predict.queues.actor import kept_earlier
 from peaknet_predict.queues.quarantine import INDEX_NAME, Quarantine, read_index
 from peaknet_predict.queues.records import ForeignItem, entry_of
 from peaknet_predict.queues.spool import Spool
@@ -294,6 +295,25 @@ def test_an_event_with_a_line_from_an_earlier_life_gets_no_second_one(tmp_path: 
     assert "fsync" in disk.done[written:], "only that brings it on disk"
     assert quarantine.keep(event(0).id, "worse", event(0))
     assert len(read_index(tmp_path)) == 3
+
+
+def test_a_queue_that_comes_back_waits_for_an_index_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = EventId("s", 0, 1)
+    Quarantine(tmp_path / "q", 10**6, "queue").keep(key, "it smells", None)
+    (tmp_path / "q").rename(tmp_path / "away")
+    (tmp_path / "q").touch()
+
+    def bring_back(seconds: float) -> None:
+        (tmp_path / "q").unlink()
+        (tmp_path / "away").rename(tmp_path / "q")
+
+    again = Quarantine(tmp_path / "q", 10**6, "queue")
+    with pytest.raises(NotADirectoryError):
+        kept_earlier(again, {key}, patience_s=-1.0)
+    monkeypatch.setattr("time.sleep", bring_back)
+    assert kept_earlier(again, {key}) == {key: "it smells"}
 
 
 def test_what_is_too_large_for_the_disk_holds_up_nothing_smaller(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ class Cluster:
         self.pid_of(str(address["name"]))
 
     def statistics(self, name: str) -> dict[str, Any] | None:
-        """Return what a queue counts; None if it does not answer."""
-        found = self.ask("statistics", name=name)
-        return found if isinstance(found, dict) else None
+        """Return what a queue counts; None if it does not answer, or counts nothing."""
+        found: dict[str, Any] | None = self.ask("statistics", name=name)
+        return found
 
     def pid_of(self, name: str) -> int | None:
         """Return the process of a queue; None if it does not answer."""
@@ -84,6 +84,11 @@ class Cluster:
         if pid is not None:
             self._queue_pids[name] = int(pid)
         return pid if pid is None else int(pid)
+
+    def first_missing(self, name: str, stream: str, rank: int) -> int | None:
+        """Return the first idx that a queue has not had; None if it does not answer."""
+        found: int | None = self.ask("first_missing", name=name, stream=stream, rank=rank)
+        return found
 
     def ask(self, what: str, timeout_s: float = 5.0, **more: Any) -> Any:
         """Ask; None if there is no answer in time, or an error instead of one."""
@@ -156,14 +161,14 @@ def _rotating_actor() -> type[Any]:
 
 
 def _serve() -> None:
-    import ray
-
     from peaknet_predict.queues import client
     from peaknet_predict.queues.address import QueueAddress
     from peaknet_predict.queues.cluster import connect
     from tests.helpers.foreign import make_three_method_queue
 
     address = connect("local")
+    import ray  # which reads its security settings when it is imported
+
     client.QueueActor = _rotating_actor()  # type: ignore
     queues: dict[str, Any] = {}
     speaking = threading.Lock()
@@ -178,7 +183,9 @@ def _serve() -> None:
         where, queue = queues[name]
         if ask == "statistics":
             found = queue.admin.statistics()
-            return queue.admin.size() if found is None else asdict(found)
+            return None if found is None else asdict(found)
+        if ask == "first_missing":
+            return queue.producer.first_missing(more["stream"], more["rank"])
         handle = ray.get_actor(where.name, namespace=where.namespace)
         return ray.get(handle.__ray_call__.remote(lambda actor: os.getpid()), timeout=_PATIENCE_S)
 

@@ -12,12 +12,14 @@ from typing import Literal
 
 from benchmarks.reliability.chaos.parts import Part
 from benchmarks.reliability.chaos.scene import Scene, SceneKind
+from benchmarks.reliability.chaos.storage_faults import Later, StorageFaults
 
 _OURS: tuple[SceneKind, ...] = ("spool", "memory", "peer")
 _ALL: tuple[SceneKind, ...] = (*_OURS, "foreign")
 _SPOOLED: tuple[SceneKind, ...] = ("spool", "peer")
 _FILES: tuple[SceneKind, ...] = ("spool", "memory", "foreign")
 _RERUN: tuple[SceneKind, ...] = ("spool",)
+_BACK_S = 25.0  # what a producer needs, on a busy machine, to be started again
 _SECOND_SIGNAL_S = (0.05, 4.0)  # signals within a second are one
 
 
@@ -78,19 +80,20 @@ class Faults:
         The queue that was killed without a spool; None if none was.
     cluster_dead
         Whether the cluster has been killed and not been made again.
-    directory_away
-        Whether the writers' directory is not there.
+    later
+        What ends the faults that pass.
+    storage
+        Those of disks and directories.
     """
 
     def __init__(self, scene: Scene, chance: random.Random) -> None:
         self.log: list[str] = []
         self.lost: Literal["in", "out"] | None = None
         self.cluster_dead = False
-        self.directory_away = False
         self._scene = scene
         self._random = chance
-        self._later: list[tuple[float, Callable[[], None]]] = []
-        self._busy: set[str] = set()  # what is full or away
+        self.later = Later()
+        self.storage = StorageFaults(scene, chance, self.later)
 
     def possible(self) -> dict[str, float]:
         """Return the kinds that this scene may be done, with their weights."""
@@ -112,16 +115,6 @@ class Faults:
             return False
         self.log.append(f"{kind} ({whom})")
         return True
-
-    def undo_due(self, now: float) -> None:
-        """End the faults whose time is over."""
-        for pair in [pair for pair in self._later if pair[0] <= now]:
-            self._later.remove(pair)
-            pair[1]()
-
-    def undo_all(self) -> None:
-        """End all of them."""
-        self.undo_due(float("inf"))
 
     def _acts(self) -> dict[str, Callable[[], str | None]]:
         scene = self._scene
@@ -147,11 +140,11 @@ class Faults:
             "lose-output": lambda: self._lose_queue("out"),
             "kill-raylet": lambda: self._kill_cluster("raylet"),
             "kill-gcs": lambda: self._kill_cluster("gcs_server"),
-            "fill-writer": lambda: self._fill("cxi"),
-            "fill-spool": lambda: self._fill(self._random.choice(("spool-in", "spool-out"))),
-            "fill-quarantine": lambda: self._fill("quarantine"),
-            "take-directory": self._take_directory,
-            "take-quarantine": self._take_quarantine,
+            "fill-writer": lambda: self.storage.fill("cxi"),
+            "fill-spool": lambda: self.storage.fill(self._random.choice(("spool-in", "spool-out"))),
+            "fill-quarantine": lambda: self.storage.fill("quarantine"),
+            "take-directory": self.storage.take_directory,
+            "take-quarantine": self.storage.take_quarantine,
             "pause-peer": lambda: self._pause([*scene.peers, *scene.readers]),
         }
 
@@ -182,13 +175,19 @@ class Faults:
                     life.second_signal_at = time.monotonic()
                     life.process.send_signal(number)
 
-            self._undo_after(self._random.uniform(*_SECOND_SIGNAL_S), again)
+            self.later.do(self._random.uniform(*_SECOND_SIGNAL_S), again)
         return f"{part.name}, {number.name}"
 
     def _feeds_that_may_end(self) -> list[Part]:
-        """Return producers, as long as another one keeps the stream open."""
-        alive = [part for part in self._scene.feeds if part.is_alive]
-        return alive if len(alive) > 1 else []
+        """Return producers that others keep the stream open for, until they are back."""
+        scene = self._scene
+        rate_hz = scene.plan.rate_hz / len(scene.feeds)
+        busy = []
+        for rank, feed in enumerate(scene.feeds):
+            fed = scene.cluster.first_missing(scene.name("in"), scene.stream, rank)
+            if fed is not None and scene.producers[rank] - fed > rate_hz * _BACK_S:
+                busy.append(feed)
+        return [feed for feed in scene.feeds if feed.is_alive and set(busy) - {feed}]
 
     def _pause(self, parts: Sequence[Part]) -> str | None:
         part = self._one_of(parts)
@@ -221,7 +220,7 @@ class Faults:
         seconds = self._random.uniform(1.0, 9.0)
         part = self._scene.predict
         part.signal(signal.SIGSTOP, pid)
-        self._undo_after(seconds, partial(part.signal, signal.SIGCONT, pid))
+        self.later.do(seconds, partial(part.signal, signal.SIGCONT, pid))
         return seconds
 
     def _pause_queue(self) -> str | None:
@@ -238,7 +237,7 @@ class Faults:
 
     def _lose_queue(self, end: Literal["in", "out"]) -> str | None:
         scene = self._scene
-        whom = self._kill_queue(end)
+        whom = self._kill_queue(end) if scene.predict.is_alive else None
         if whom is None:
             return None
         self.lost = end
@@ -249,61 +248,10 @@ class Faults:
         return whom
 
     def _kill_cluster(self, program: Literal["raylet", "gcs_server"]) -> str | None:
-        self.undo_all()
+        self.later.do_all()
         for part in self._scene.parts:
             if part.is_alive:
                 part.hit("cluster")
         self._scene.cluster.kill(program)
         self.cluster_dead = True
         return program
-
-    def _fill(self, name: str) -> str | None:
-        if name in self._busy:
-            return None
-        disk = self._scene.disks[name]
-        disk.fill()
-        self._busy.add(name)
-
-        def free() -> None:
-            disk.free()
-            self._busy.discard(name)
-
-        self._undo_after(self._random.uniform(1.0, 8.0), free)
-        return name
-
-    def _take_directory(self) -> str | None:
-        cxi = self._scene.cxi
-        away = cxi.with_name("cxi-away")
-        if self.directory_away or not cxi.is_dir():
-            return None
-        cxi.rename(away)
-        self.directory_away = True
-        for part in self._scene.writers:
-            if part.is_alive:
-                # One that has just been started may find that it is not there.
-                part.hit("directory away")
-
-        def bring_back() -> None:
-            away.rename(cxi)
-            self.directory_away = False
-
-        self._undo_after(self._random.uniform(1.0, 4.0), bring_back)
-        return cxi.name
-
-    def _take_quarantine(self) -> str | None:
-        kept = self._scene.quarantine
-        away = kept.with_name("kept-away")
-        if away.exists() or not kept.is_dir():
-            return None
-        kept.rename(away)
-        kept.touch()  # a file in its place: nothing can be written there
-
-        def bring_back() -> None:
-            kept.unlink()
-            away.rename(kept)
-
-        self._undo_after(self._random.uniform(1.0, 5.0), bring_back)
-        return kept.name
-
-    def _undo_after(self, seconds: float, undo: Callable[[], None]) -> None:
-        self._later.append((time.monotonic() + seconds, undo))

@@ -23,7 +23,7 @@ CODES: dict[str, dict[str, tuple[int, ...]]] = {
         "": (0,),
         "kill": (KILLED,),
         "end": (0, 3),
-        "cluster": (1,),
+        "cluster": (0, 1),  # 0 if it had done all before it noticed
         "queue gone": (1,),
     },
     "predict": {
@@ -32,7 +32,7 @@ CODES: dict[str, dict[str, tuple[int, ...]]] = {
         "end": (0, 3, 4),
         "rank killed": (1, 3, 4),
         "rank paused": (0, 4),
-        "cluster": (1,),
+        "cluster": (0, 1),  # 0 if it had done all before it noticed
         "queue gone": (1,),
     },
     "write-cxi": {
@@ -41,7 +41,7 @@ CODES: dict[str, dict[str, tuple[int, ...]]] = {
         "end": (0, 3),
         "results incomplete": (0, 3),
         "directory away": (0, 1),
-        "cluster": (1,),
+        "cluster": (0, 1),  # 0 if it had done all before it noticed
         "queue gone": (1,),
     },
     "peer": {"": (0,)},
@@ -52,6 +52,9 @@ What is not listed here, a pause or a full disk, may show in no exit code.
 """
 
 _NOT_BEGUN = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
+_LAST_WORDS_S = 20.0
+# Ray's own sentence is all there is of a process that had done its work and was about to leave.
+_REASON = re.compile(r" ERROR |GCS may have been killed")
 _CRASH = re.compile(r"Fatal Python error|Segmentation fault|ended by SIG(?!KILL)\w+")
 
 
@@ -176,8 +179,15 @@ class Part:
         life = self.last
         if life.code is not None or (code := life.process.poll()) is None:
             return None
-        life.code, life.ended_at = code, time.monotonic()
+        life.ended_at = min(life.ended_at, time.monotonic())
         said = self.said()
+        if (
+            code == 1
+            and not _REASON.search(said)
+            and time.monotonic() < life.ended_at + _LAST_WORDS_S
+        ):
+            return None  # the process that speaks for it has yet to find out why
+        life.code = code
         if self._died(life.process.pid):
             life.hits.append("kill")
         if any(f"rank {rank} was ended by SIGKILL" in said for rank in range(8)):
@@ -194,11 +204,11 @@ class Part:
             return f"crashed: {crash.group()}"
         known = CODES[self.kind]
         codes = {one for hit in life.hits or [""] for one in known.get(hit, known[""])}
-        if "end" in life.hits and f": {self.kind}" not in said:
-            codes |= set(_NOT_BEGUN)
+        if "end" in life.hits and "ended without a word" not in said:
+            codes |= set(_NOT_BEGUN)  # it had not come to what it needs to bring to an end
         if code not in codes:
             return f"ended with {code}, expected one of {sorted(codes)}"
-        if code == 1 and "ERROR" not in said:
+        if code == 1 and not _REASON.search(said):
             return "ended with 1 and says no reason"
         if life.second_signal_at is not None and life.ended_at - life.second_signal_at > 60:
             return "ended a minute after its second signal"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,11 +45,11 @@ class Run:
         for part in scene.feeds:
             part.start()
         # Processes that have not begun yet teach nothing.
-        self._until(lambda: self._count("out", "accepted") > 0 or self._ended(), "a result")
+        self._until(self._has_begun, "a result")
         left, due = faults, time.monotonic()
         while not self._is_over():
             now = time.monotonic()
-            self.faults.undo_due(now)
+            self.faults.later.do_due(now)
             if left and now >= due:
                 kind = self.random.choices(list(only), list(only.values()))[0]
                 if self.faults.do(kind):
@@ -57,7 +58,7 @@ class Run:
                 else:
                     due = now + _ASK_S
             self._look()
-        self.faults.undo_all()
+        self.faults.later.do_all()
         self._strike_balance()
         if left:
             self.faults.log.append(f"{left} were left when the stream had ended")
@@ -72,7 +73,7 @@ class Run:
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         while not condition():
-            self.faults.undo_due(time.monotonic())
+            self.faults.later.do_due(time.monotonic())
             self._look(restart=False)
             self._check_time(what)
 
@@ -100,8 +101,14 @@ class Run:
 
     def _start_again(self) -> None:
         scene, lost = self.scene, self.faults.lost
+        if lost == "in" and not scene.predict.is_alive:
+            for feed in scene.feeds:
+                # One that was just starting has made itself another queue, which nobody reads.
+                if feed.is_alive and "end" not in feed.last.hits:
+                    feed.hit("end")
+                    feed.signal(signal.SIGTERM)
         if lost == "out" and not any(p.is_alive for p in (scene.predict, *scene.writers)):
-            if self._count("out", "accepted") < 0:
+            if self._count("out", "accepted") < 0 and not self._has_done(scene.predict):
                 scene.make_queue("out")
                 self._counts.clear()
         for part in scene.parts:
@@ -111,7 +118,7 @@ class Run:
                 continue  # what it held is gone: there is nothing to go on with
             if lost == "out" and part is not scene.predict and scene.predict.last.code == 1:
                 continue
-            if part in scene.writers and not self._is_writer_wanted():
+            if part in scene.writers and (self._is_queue_gone() or not self._is_writer_wanted()):
                 continue
             part.start()
 
@@ -121,9 +128,14 @@ class Run:
             return code in (0, 4)
         return code == 0 or part.kind == "peer"
 
+    def _is_queue_gone(self) -> bool:
+        """Whether the output queue was lost, and nothing more comes for another one."""
+        gone = self.faults.lost == "out" and self._has_done(self.scene.predict)
+        return gone and self._count("out", "accepted") < 0
+
     def _is_writer_wanted(self) -> bool:
         """Whether there is something to write, or will be."""
-        if self.faults.directory_away:
+        if self.faults.storage.directory_away:
             return False
         if self._count("out", "ready") + self._count("out", "leased") > 0:
             return True
@@ -139,16 +151,20 @@ class Run:
         if self.faults.lost != "in":
             if not all(self._has_done(p) for p in (scene.predict, *scene.feeds, *scene.peers)):
                 return False
-        if scene.plan.kind == "foreign" or self.faults.directory_away:
-            return not self.faults.directory_away
+        if scene.plan.kind == "foreign" or self.faults.storage.directory_away:
+            return not self.faults.storage.directory_away
         self._asked_at = 0.0
+        if self._is_queue_gone():
+            return True
         waiting = self._count("out", "ready") + self._count("out", "leased")
         if waiting > 0:
             return False
         return isinstance(self._counts.get("out"), dict) and self._counts["out"]["ended"]
 
-    def _ended(self) -> bool:
-        return all(part.last.code is not None for part in self.scene.parts)
+    def _has_begun(self) -> bool:
+        if self.scene.plan.kind == "foreign":  # whose queues count nothing
+            return "first batch" in self.scene.predict.said()
+        return self._count("out", "accepted") > 0
 
     def _count(self, end: str, what: str) -> int:
         """Return a count of a queue, as of a moment ago; below zero if it does not answer."""
@@ -158,8 +174,6 @@ class Run:
             }
             self._asked_at = time.monotonic()
         now = self._counts.get(end)
-        if isinstance(now, int):
-            return now
         return -1 if now is None else int(now[what])
 
     def _check_time(self, what: str) -> None:
@@ -186,7 +200,7 @@ def chaos(
             run.go(faults, every_s, only or run.faults.possible())
         except WrongError as error:
             problem = str(error)
-            run.faults.undo_all()
+            run.faults.later.do_all()
         verdict = Verdict(scene, run.faults.lost)
         found = verdict.found() if problem is None else {"problems": [problem]}
         failed = bool(found["problems"])
