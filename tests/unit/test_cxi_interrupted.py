@@ -231,7 +231,7 @@ def test_a_second_signal_waits_too() -> None:
 
     @uninterrupted()
     def work(stop: StopRequest) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.wait(30.0)
         steps.append("all of it")
 

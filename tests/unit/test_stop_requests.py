@@ -21,7 +21,7 @@ def test_signals_close_together_are_one_request(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(stopping, "_ONE_REQUEST_S", 1e9)
     with stop_requests(5.0) as stop:
         for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         assert stop.wait(60.0)
     assert not stop.at_once, "heard of, or the block would not have ended, and not counted"
 
@@ -31,7 +31,7 @@ def test_a_second_signal_interrupts_what_the_main_thread_waits_for(
 ) -> None:
     monkeypatch.setattr(stopping, "_ONE_REQUEST_S", 0.0)
     with stop_requests(60.0) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.wait(60.0)
         signal_soon()
         with pytest.raises(KeyboardInterrupt):
@@ -46,7 +46,7 @@ def test_blocks_within_a_block_share_its_request_and_its_handlers() -> None:
             assert inner is stop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a library does
         listen_again()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.wait(60.0)
     assert signal.getsignal(signal.SIGTERM) is before
     with stop_requests() as later:
@@ -62,7 +62,7 @@ def test_before_there_is_anything_to_finish_a_first_signal_stops_at_once() -> No
     with stop_requests(begun=False) as stop:
         with stop_requests():
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.wait(60.0)
         assert not stop.at_once
 
@@ -75,7 +75,7 @@ def test_a_second_signal_that_comes_late_interrupts_nothing_behind_its_block(
 
     def interrupt_early(self: StopRequest, seconds: float) -> None:
         # The main thread is on its way out before it is told.
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         assert left.wait(60.0)
         end_after(self, seconds)
 
