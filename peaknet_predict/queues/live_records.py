@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peaknet_predict.queues.replay import SpoolReader, Unsettled
 from peaknet_predict.types import EventId
 
@@ -51,16 +53,17 @@ class LiveRecords:
         self._bytes -= record.size
         return True
 
-    def repeat(self, record: Unsettled, number: int, end: int) -> None:
-        """Note that a new segment's beginning, which is on disk, has a record once more."""
-        del self._in[record.number][record.entry.id]
-        record.number, record.end = number, end
-        self._in[number][record.entry.id] = None
+    def repeat(self, records: Iterable[tuple[Unsettled, int]], number: int) -> None:
+        """Note that a new segment's beginning, which is on disk, repeats records that end there."""
+        for record, end in records:
+            del self._in[record.number][record.entry.id]
+            record.number, record.end = number, end
+            self._in[number][record.entry.id] = None
 
     def move(self, record: Unsettled, number: int, end: int, size: int) -> None:
         """Note that a record has been appended once more, which is not known to be on disk."""
         self._moved_to[record.number] = (number, end)
-        self.repeat(record, number, end)
+        self.repeat([(record, end)], number)
         self._bytes += size - record.size
         record.size = size
 

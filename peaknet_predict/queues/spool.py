@@ -238,11 +238,9 @@ class Spool:
         self._segment.close()
         self._segment = OpenSegment(number, size, size, self._mark, self._fs, file)
         self._live.resize(number, size)
-        for record, end in again:
-            self._live.repeat(record, number, end)
-        for number in self._leftovers:
-            self._remove(number)
-        self._leftovers = []
+        self._live.repeat(again, number)
+        while self._leftovers:
+            self._remove(self._leftovers.pop())
         self._delete_settled()
 
     def _write_beginning(self, file: int) -> tuple[int, list[tuple[Unsettled, int]]]:
