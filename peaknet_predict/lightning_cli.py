@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +28,7 @@ from peaknet_predict.output_options import (
     listed_callbacks,
 )
 from peaknet_predict.process.files import expanded
+from peaknet_predict.process.meeting_point import AGENT_STORE, meeting_of_ranks
 from peaknet_predict.process.stopping import GRACE_S, listen_again, stop_requests
 from peaknet_predict.process.supervise import Layout, note_started, supervise
 
@@ -79,6 +82,18 @@ class _OurCLI(LightningCLI):
             "-c", "--config", action=NamedConfig, help="a configuration: name or YAML file"
         )
         return parser
+
+    def _meeting(self) -> AbstractContextManager[None]:
+        """Have ranks that something else has started (`srun`) meet at one address only."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        if environment is None or self.trainer.world_size == 1 or os.environ.get(AGENT_STORE):
+            return nullcontext()
+        return meeting_of_ranks(
+            environment.main_address,
+            environment.main_port,
+            self.trainer.num_nodes,
+            self.trainer.is_global_zero,
+        )
 
     def _refuse_data_without(self, loader: str, other_command: str) -> None:
         """Refuse data for another command than this one."""
@@ -158,7 +173,8 @@ class PredictCLI(_OurCLI):
             return
         self.trainer.callbacks.append(_Started())  # type: ignore[attr-defined]
         # What there is to finish begins with the first lease, in a block of the dataset's own.
-        with stop_requests(getattr(self.datamodule, "grace_s", GRACE_S), begun=False) as stop:
+        grace_s = getattr(self.datamodule, "grace_s", GRACE_S)
+        with self._meeting(), stop_requests(grace_s, begun=False) as stop:
             try:
                 self.trainer.predict(**kwargs, return_predictions=False)
             except SystemExit:
@@ -228,6 +244,11 @@ class FitCLI(_OurCLI):
                 f"{type(self.model).__name__} cannot be trained: set model.class_path to "
                 f"{_TRAINING}, or leave it out (fit takes that class by itself)"
             )
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train."""
+        with self._meeting():
+            self.trainer.fit(**kwargs)
 
 
 _TRAINING = "peaknet_predict.training.module.PeakNetTraining"

@@ -13,17 +13,17 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from peaknet_predict.process.balance import EXIT_INCOMPLETE, EXIT_SURVIVED, exit_code_of_ranks
+from peaknet_predict.process.meeting_point import LOOPBACK, hosted_store, meeting_variables
 from peaknet_predict.process.stopping import stop_requests
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ _SUPERVISOR = "PEAKNET_PREDICT_SUPERVISOR"
 
 # -P: a file in the working directory must not take the place of a library.
 _COMMAND = (sys.executable, "-P", "-m", "peaknet_predict")
-_LOOPBACK = "127.0.0.1"
 _LOOK_S = 0.2
 _MARGIN_S = 15.0  # beyond the grace, before ranks that have not ended are killed
 _HUNG_S = 900.0  # after a rank has seen the end of the stream, the others have nothing to wait for
@@ -55,7 +54,7 @@ class Layout:
     @property
     def meets_at(self) -> str:
         """Where the ranks meet: out of other machines' reach if this one has all of them."""
-        return _LOOPBACK if self.local_ranks == self.world_size else self.main_address
+        return LOOPBACK if self.local_ranks == self.world_size else self.main_address
 
 
 def stay_with_supervisor() -> None:
@@ -101,7 +100,7 @@ def supervise(words: Sequence[str], layout: Layout, grace_s: float) -> int:
     """
     with (
         stop_requests(grace_s + 2 * _MARGIN_S) as stop,
-        _meeting_point(layout),
+        _store_of(layout),
         tempfile.TemporaryDirectory(prefix="peaknet-predict-") as started,
     ):
         ranks = _Ranks(words, layout, Path(started))
@@ -133,18 +132,12 @@ class _Ranks:
         self._reported: set[int] = set()
         self._ended_at: float | None = None
         shared = {
-            "MASTER_ADDR": layout.meets_at,
-            "MASTER_PORT": str(layout.main_port),
+            **meeting_variables(layout.meets_at, layout.main_port),
             "NODE_RANK": str(layout.node_rank),
             "WORLD_SIZE": str(layout.world_size),
-            # The ranks meet at the supervisor's store, which outlives each of them.
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
             _STARTED: str(started),
             _SUPERVISOR: str(os.getpid()),
         }
-        if layout.meets_at == _LOOPBACK:
-            # The ranks' own sockets as well: no token protects those either.
-            shared |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self._processes = [
             subprocess.Popen(
                 [*_COMMAND, *words],
@@ -218,39 +211,11 @@ class _Ranks:
         return self._layout.node_rank * self._layout.local_ranks + local_rank
 
 
-@contextlib.contextmanager
-def _meeting_point(layout: Layout) -> Iterator[None]:
-    """Keep the store where the ranks find each other, on the first machine.
-
-    Torch itself would listen on every address, for everyone: the store asks for no token.
-    """
-    from torch import distributed
-
-    store = None
-    if layout.node_rank == 0:
-        listening = _listen(layout.meets_at, layout.main_port)
-        store = distributed.TCPStore(  # type: ignore[attr-defined]
-            layout.meets_at,
-            layout.main_port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(minutes=5),
-            master_listen_fd=listening.detach(),
-        )
-    yield
-    del store
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    """Listen at one address of this machine, and at no other."""
-    try:
-        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((address, port), family=family)
-    except OSError as error:
-        raise OSError(
-            f"the ranks cannot meet at {address}:{port} ({error.strerror}): set MASTER_ADDR to an "
-            "address of the first machine and MASTER_PORT to a free port there"
-        ) from error
+def _store_of(layout: Layout) -> AbstractContextManager[None]:
+    """Keep the store where the ranks find each other, on the first machine."""
+    if layout.node_rank:
+        return nullcontext()
+    return hosted_store(layout.meets_at, layout.main_port)
 
 
 def _is_stopped(pid: int) -> bool:

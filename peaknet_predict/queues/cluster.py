@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peaknet_predict.process.stopping import listen_again
+from peaknet_predict.queues.admission import admits_strangers
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +137,22 @@ def connect(address: str) -> str:
         raise ClusterError(_explain(address, error)) from error
     finally:
         listen_again()  # Ray's handler of SIGTERM would end the process
-    if address != "local" and os.environ.get("RAY_AUTH_MODE") != "token":
-        log.warning(
-            "the Ray cluster at %s let this process in without a token, and lets in everyone who "
-            "reaches it, to run code as you: start it with RAY_AUTH_MODE=token (`peaknet-predict "
-            "doctor --address %s` checks it)",
-            current_address(),
-            current_address(),
-        )
+    if address != "local":
+        _warn_if_open(current_address())
     return current_address()
+
+
+def _warn_if_open(cluster: str) -> None:
+    """Say so if a cluster lets in everyone; that we have a token does not mean that it wants one."""
+    shown = os.environ.get("RAY_AUTH_MODE") == "token"
+    if not shown or admits_strangers(cluster):
+        log.warning(
+            "the Ray cluster at %s %s, and lets in everyone who reaches it, to run code as you: "
+            "start it with RAY_AUTH_MODE=token (`peaknet-predict doctor --address %s` checks it)",
+            cluster,
+            "asks for no token" if shown else "let this process in without a token",
+            cluster,
+        )
 
 
 def ask_without_token(address: str) -> str:

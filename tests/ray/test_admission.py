@@ -12,6 +12,7 @@ import pytest
 
 from peaknet_predict.doctor import cluster as doctor_cluster
 from tests.helpers.commands import COMMAND, HANGS_S, environment, wait_until
+from tests.helpers.watched import Watched
 
 
 def free_port() -> int:
@@ -69,13 +70,37 @@ def test_an_open_cluster_fails_and_joining_it_warns(
     assert f"the Ray cluster at {address} let this process in without a token" in said.stderr
 
 
+def test_every_command_warns_also_where_we_have_a_token(
+    open_cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, own = open_cluster
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    own = own | {"RAY_AUTH_TOKEN_PATH": str(token)}
+    del own["RAY_AUTH_MODE"]
+    to = ("--address", address, "--queue.name", "q")
+    source = ("--source", "Simulator", "--num_events", "0")
+    commands = [
+        Watched("feed", *to, *source, cwd=tmp_path, **own),
+        Watched("write-cxi", *to, "--directory", tmp_path / "cxi", cwd=tmp_path, **own),
+        Watched(*chain(tmp_path, address, ("in", "out"), "cpu.yaml"), cwd=tmp_path, **own),
+    ]
+    for command in commands:
+        command.wait_for(f"the Ray cluster at {address} asks for no token, and lets in everyone")
+        command.process.kill()
+        command.process.wait()
+
+
 def test_a_cluster_with_a_token_admits_nobody(cluster: str) -> None:
+    assert admits_strangers(cluster) is False
     finding = doctor_cluster.check_admission(cluster)
     assert (finding.verdict, "admits nobody" in finding.text) == ("ok", True)
 
 
 def test_a_probe_that_fails_is_not_taken_for_safety(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = f"127.0.0.1:{free_port()}"
+    assert admits_strangers(nobody) is None
     finding = doctor_cluster.check_admission(nobody)
     assert finding.verdict == "warn"
     assert "could not be checked" in finding.text

@@ -24,6 +24,7 @@ from tests.helpers.chain import written
 from tests.helpers.commands import COMMAND, environment, finish, start
 from tests.helpers.paths import CONFIGS
 from tests.helpers.queues import event, statistics
+from tests.helpers.sockets import listening
 
 LEASE_S = 2.0
 
@@ -92,6 +93,8 @@ def test_two_nodes_share_a_stream_and_one_does_the_other_s_part(
         idx += queue.producer.put("p", [event(idx, side=32)])
         time.sleep(0.01)
         assert all(rank.poll() is None for rank in ranks)
+    everywhere = {"00000000", "0" * 32}
+    assert not everywhere & listening([rank.pid for rank in ranks])
     os.killpg(ranks[victim].pid, signal.SIGKILL)
     queue.producer.put("p", [event(i, side=32) for i in range(idx, idx + 60)])
     queue.producer.close("p")
