@@ -143,7 +143,7 @@ def connect(address: str) -> str:
 
 
 def _warn_if_open(cluster: str) -> None:
-    """Say so if a cluster lets in everyone; that we have a token does not mean that it wants one."""
+    """Warn of a cluster that lets in everyone, which our having a token does not rule out."""
     shown = os.environ.get("RAY_AUTH_MODE") == "token"
     if not shown or admits_strangers(cluster):
         log.warning(

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peaknet_predict.doctor import cluster as doctor_cluster
+from peaknet_predict.queues.admission import admits_strangers
+from tests.helpers.chain import chain
 from tests.helpers.commands import COMMAND, HANGS_S, environment, wait_until
 from tests.helpers.watched import Watched
 
@@ -77,14 +80,13 @@ def test_every_command_warns_also_where_we_have_a_token(
     token = tmp_path / "token"
     token.write_text("0" * 64)
     token.chmod(0o600)
-    own = own | {"RAY_AUTH_TOKEN_PATH": str(token)}
-    del own["RAY_AUTH_MODE"]
+    ours: dict[str, Any] = {"RAY_AUTH_TOKEN_PATH": str(token), "HOME": own["HOME"]}
     to = ("--address", address, "--queue.name", "q")
     source = ("--source", "Simulator", "--num_events", "0")
     commands = [
-        Watched("feed", *to, *source, cwd=tmp_path, **own),
-        Watched("write-cxi", *to, "--directory", tmp_path / "cxi", cwd=tmp_path, **own),
-        Watched(*chain(tmp_path, address, ("in", "out"), "cpu.yaml"), cwd=tmp_path, **own),
+        Watched("feed", *to, *source, cwd=tmp_path, **ours),
+        Watched("write-cxi", *to, "--directory", tmp_path / "cxi", cwd=tmp_path, **ours),
+        Watched(*chain(tmp_path, address, ("in", "out"), "cpu.yaml"), cwd=tmp_path, **ours),
     ]
     for command in commands:
         command.wait_for(f"the Ray cluster at {address} asks for no token, and lets in everyone")
