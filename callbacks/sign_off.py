@@ -199,14 +199,29 @@ class SignOff:
             self._standing = Standing.GONE
         try:
             roll = self._roster.report(standing=self._standing, failure=failure, final=final)
-            lower = roll.standings[: self._rank]
-            if failure is not None and {Standing.WORKING, Standing.DONE} & set(lower):
+            if failure is not None and self._is_left_to_others(self._roster, roll, at_once):
                 self._standing = Standing.GONE
                 return self._roster.report(standing=Standing.GONE)
             return roll if at_once else self._wait(self._roster, roll)
         except QueueError as error:
             log.error("the roster of the ranks cannot be reached: %s", error)
             return None
+
+    def _is_left_to_others(self, roster: Meeting, roll: Roll, at_once: bool) -> bool:
+        """Whether a lower rank is alive, which closes the run."""
+        reported_at = self._clock()
+        while True:
+            stays = (Standing.WORKING, Standing.DONE)
+            lower = [rank for rank in range(self._rank) if roll.standings[rank] in stays]
+            if not lower or at_once or not self._results.producer.closes_for_all:
+                return bool(lower)
+            # Of a queue whose stream nobody else can end, hearsay is not enough: it may have been
+            # killed a moment ago.
+            reported_s = self._clock() - reported_at
+            if any(roll.silent_s[rank] < reported_s for rank in lower):
+                return True
+            self._sleep(_LOOK_S)
+            roll = roster.report()
 
     def _wait(self, roster: Meeting, roll: Roll) -> Roll:
         closer, chosen_at = roll.closer, self._clock()

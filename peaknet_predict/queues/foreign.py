@@ -169,6 +169,7 @@ class ForeignReader:
                     taken += parts
                 return taken, False
             self._notice.report()
+            self._keep_refused()
             # Only time spent asking is idle: while the caller compiles or waits for room at the
             # output, the queue may well be full.
             waited_s = time.monotonic() - asked_at
@@ -191,6 +192,7 @@ class ForeignReader:
             if refusal.id is not None:
                 item = self._under_way.pop(refusal.id, None)
                 self._quarantine.keep(refusal.id, refusal.reason, item)
+        self._keep_refused()
 
     def release(self, failure: str | None = None) -> int:
         """Log that what is under way is lost: this queue takes nothing back."""
@@ -200,6 +202,9 @@ class ForeignReader:
                 len(self._under_way),
                 self._address.name,
             )
+        self._keep_refused()
+        if self._quarantine.problem is not None:
+            log.error("refused events of queue %r are lost: %s", self._address.name, self._lack())
         return 0
 
     def still_held(self, ids: Iterable[EventId]) -> set[EventId]:
@@ -213,6 +218,17 @@ class ForeignReader:
     def touch(self) -> None:
         """Restart the idle time: while work goes on elsewhere, silence does not mean the end."""
         self._idle_s = 0.0
+
+    def _keep_refused(self) -> None:
+        """Write what the quarantine had no room for; without it, the stream is incomplete."""
+        self._quarantine.retry()
+        if self._quarantine.problem is None:
+            self.failures.pop("quarantine", None)
+        else:
+            self.failures["quarantine"] = self._lack()
+
+    def _lack(self) -> str:
+        return f"refused events are in no file: {self._quarantine.problem}"
 
     def _get_items(self, max_items: int) -> list[Any]:
         """Take up to ``max_items`` items, with all calls under way at once."""

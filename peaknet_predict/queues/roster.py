@@ -77,6 +77,8 @@ class Roll:
         The rank whose turn it is to close the run; None while ranks are at work, and afterwards.
     closed
         Whether the run has been closed, so that no rank has to stay.
+    silent_s
+        For how many seconds nothing has been heard of each rank.
     """
 
     standings: tuple[Standing, ...]
@@ -84,6 +86,7 @@ class Roll:
     final: bool = False
     closer: int | None = None
     closed: bool = False
+    silent_s: tuple[float, ...] = ()
 
 
 class RosterState:
@@ -140,7 +143,9 @@ class RosterState:
             self._closer = done[0] if done and Standing.WORKING not in standings else None
         final = any(report.final and report.failure is not None for report in self._reports)
         closer = None if self._closed else self._closer
-        return Roll(standings, failures, final, closer, self._closed)
+        now = self._clock()
+        silent_s = tuple(now - heard for heard in self._heard)
+        return Roll(standings, failures, final, closer, self._closed, silent_s)
 
     def deserted(self) -> bool:
         """Whether no rank is left."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,6 +256,26 @@ def test_with_queues_of_ours_nothing_is_lost_and_the_stream_ends_once(
         # Otherwise all were silent for a while, so that the stream was taken for ended.
         assert not world.left()
         assert "miscounts" in fates or not any(world.told_end.values())
+
+
+@pytest.mark.parametrize("lower", ["is killed", "fails", "lives"])
+def test_a_rank_that_fails_leaves_the_end_to_a_lower_one_only_if_that_is_alive(lower: Any) -> None:
+    world = World([Plan(2.0, lower, 3.0), Plan(2.0, "fails", 3.5)], 12, ours=(True, False))
+    assert world.run(), "somebody waits for ever"
+    assert world.results.end_items == ["END"] * 2
+    assert isinstance(world.endings[1].error, BalanceError)
+
+
+def test_a_run_that_takes_the_place_of_one_whose_ranks_were_all_killed_puts_the_end() -> None:
+    world = World([Plan(2.0, "is killed", 3.0)] * 2, 12, ours=(True, False))
+    assert world.run()
+    assert (world.results.end_items, world.endings) == ([], {})
+    world.plans = [Plan(2.0)]
+    world.queues = [(world.input.connect(resumes=True), world.results.connect())]
+    world.tasks = [world.time.start(lambda: world.rank(0))]
+    assert world.time.run(until=6_000.0), "somebody waits for ever"
+    assert world.results.end_items == ["END"] * 2
+    assert sorted(set(world.written)) == list(range(12))
 
 
 @examples(250)
