@@ -37,7 +37,7 @@ def admits_strangers(address: str) -> bool | None:
         ":scheme": "http",
         ":path": _QUESTION,
         ":authority": address,
-        "te": "trailers",
+        "te": "trailers",  # codespell:ignore te
         "content-type": "application/grpc",
     }
     question = (
