@@ -185,7 +185,9 @@ class _Ranks:
 
     def exit_code(self) -> int:
         """Wait for every rank, and return the exit code of the run."""
-        return exit_code_of_ranks([process.wait() for process in self._processes])
+        codes = [process.wait() for process in self._processes]
+        # A rank that has not begun hears no request to stop: the signal itself ends it.
+        return exit_code_of_ranks([EXIT_INCOMPLETE if c == -signal.SIGTERM else c for c in codes])
 
     def _report(self, rank: int, code: int) -> None:
         if code == 0:

@@ -1,8 +1,8 @@
 """Stands for a rank in tests of the supervisor: a process that does what it is told at once.
 
 Its words are the directory where it notes its process id, and what each rank does: ``start`` to be
-at work, an exit code, ``kill`` or ``stop`` for itself, ``end`` to wait for SIGTERM and leave as an
-interrupted rank does, ``ignore`` to be deaf to it.
+at work, an exit code, ``kill``, ``term`` or ``stop`` for itself, ``end`` to wait for SIGTERM and
+leave as an interrupted rank does, ``ignore`` to be deaf to it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def main() -> None:
                 time.sleep(0.01)
         elif word == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif word == "term":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         elif word == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif word in ("end", "ignore"):

@@ -71,6 +71,12 @@ def test_a_rank_that_dies_before_all_have_started_ends_the_run(
     assert "rank 0 ended with 1 before all ranks had started: the run ends" in said.text
 
 
+def test_a_request_to_stop_that_comes_before_the_ranks_have_begun_is_no_failure(
+    tmp_path: Path,
+) -> None:
+    assert run(tmp_path, "term", "ignore") == 3
+
+
 def test_a_rank_that_dies_later_is_reported_and_the_others_go_on(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
