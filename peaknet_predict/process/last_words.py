@@ -105,13 +105,29 @@ def speak(known: Mapping[str, Any]) -> None:
     )
     where = ""
     if known["path"] is not None and "record" in known:
-        try:
-            write_balance(known["path"], known["record"] | {"problem": problem})
-            where = f"; what it had counted is in {known['path']}"
-        except OSError as error:
-            where = f"; its record could not be written: {error}"
+        if _is_in_balance(known["path"], known["record"]):
+            where = f"; the balance of its run, {known['path']}, has what it had brought to an end"
+        else:
+            where = _write(known["path"], known["record"] | {"problem": problem})
     stamp = time.strftime("%H:%M:%S")
     print(f"{stamp} ERROR {problem}{where}. {known['next_step']}", file=sys.stderr, flush=True)
+
+
+def _is_in_balance(path: str, record: Mapping[str, Any]) -> bool:
+    """Whether another process of the same run has struck a balance of all of its writers."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return "run" in record and found["run"] == record["run"] and bool(found["writers"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _write(path: str, record: Mapping[str, Any]) -> str:
+    try:
+        write_balance(path, record)
+    except OSError as error:
+        return f"; its record could not be written: {error}"
+    return f"; what it had counted is in {path}"
 
 
 def _cause(vital_signs: Mapping[str, str]) -> str:

@@ -90,6 +90,21 @@ def test_a_record_that_cannot_be_written_is_said_too(
     assert "its record could not be written" in capsys.readouterr().err
 
 
+def test_a_killed_writer_does_not_replace_the_balance_that_others_have_struck(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "peaks_balance.json"
+    struck = {"run": "r.0", "writers": {"killed": None, "other": {"taken": 5}}}
+    words = known(tmp_path) | {"path": str(path), "record": {"run": "r.0", "writers": {}}}
+    path.write_text(json.dumps(struck))
+    speak(words)
+    assert json.loads(path.read_text()) == struck
+    assert "the balance of its run" in capsys.readouterr().err
+    path.write_text(json.dumps(struck | {"run": "r.1"}))
+    speak(words)
+    assert "ended without a word" in json.loads(path.read_text())["problem"]
+
+
 def test_a_process_without_a_record_has_a_sentence_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
