@@ -9,7 +9,7 @@ every event that was fed has to be, with the pixels and peaks that it must have,
 file, the record of filtered events, or the quarantine; and every exit code and every balance has to
 say so::
 
-    python -m benchmarks.reliability.chaos --runs 20 --events 2000 --faults 12
+    python -m benchmarks.reliability.chaos --runs 20 --events 2000 --faults 8
         [--seed 1] [--scene spool] [--only kill-rank] [--keep DIRECTORY]
 
 The scene is drawn from the seed too: most have queues with spools; some have none, so that what was
@@ -51,6 +51,7 @@ def plan_of(
         raise SystemExit(f"no scene can have all of {', '.join(only)}")
     drawn = chance.choices(list(weights), list(weights.values()))[0]
     quarantine_bytes = chance.choice((2**30, 50_000))
+    ranks = chance.choice((1, 1, ranks))
     kind = scene or drawn
     dies = (not only or _DIE in only) and kind not in ("foreign", "peer")
     return Plan(seed, kind, events, ranks, rate_hz, _FRAGILITY if dies else 0.0, quarantine_bytes)
@@ -63,10 +64,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--events", type=int, default=2000)
-    parser.add_argument("--faults", type=int, default=12)
+    parser.add_argument("--faults", type=int, default=8)
     parser.add_argument("--every_s", type=float, default=3.0)
-    parser.add_argument("--rate_hz", type=float, default=40.0)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rate_hz", type=float, default=60.0)
+    parser.add_argument("--ranks", type=int, default=2, help="of a third of the runs; else one")
     parser.add_argument("--scene", choices=get_args(SceneKind))
     parser.add_argument("--only", nargs="+", choices=[*KINDS, _DIE], default=[], metavar="KIND")
     parser.add_argument("--keep", type=Path, help="keep logs and records of the runs there")

@@ -90,7 +90,7 @@ class Cluster:
         found: int | None = self.ask("first_missing", name=name, stream=stream, rank=rank)
         return found
 
-    def ask(self, what: str, timeout_s: float = 5.0, **more: Any) -> Any:
+    def ask(self, what: str, timeout_s: float = 2.0, **more: Any) -> Any:
         """Ask; None if there is no answer in time, or an error instead of one."""
         self._asked += 1
         number = self._asked

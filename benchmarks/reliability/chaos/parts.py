@@ -32,7 +32,7 @@ CODES: dict[str, dict[str, tuple[int, ...]]] = {
         "end": (0, 3, 4),
         "rank killed": (1, 3, 4),
         "rank paused": (0, 4),
-        "cluster": (0, 1),  # 0 if it had done all before it noticed
+        "cluster": (0, 1, 3, 4),  # 0 if it had done all before it noticed
         "queue gone": (1,),
     },
     "write-cxi": {
@@ -55,7 +55,7 @@ _NOT_BEGUN = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
 _LAST_WORDS_S = 20.0
 # Ray's own sentence is all there is of a process that had done its work and was about to leave.
 _REASON = re.compile(r" ERROR |GCS may have been killed")
-_CRASH = re.compile(r"Fatal Python error|Segmentation fault|ended by SIG(?!KILL)\w+")
+_CRASH = re.compile(r"Fatal Python error|Segmentation fault|ended by SIG(?!KILL|TERM|INT)\w+")
 
 
 class WrongError(RuntimeError):
@@ -143,6 +143,11 @@ class Part:
     def is_alive(self) -> bool:
         """Whether it runs."""
         return bool(self.lives) and self.last.process.poll() is None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has come to its work: then a small process keeps its last words."""
+        return self.is_alive and bool(children(self.pid))
 
     @property
     def pid(self) -> int:

@@ -70,11 +70,10 @@ class Records:
     def _of_writers(self, counts: Mapping[str, int]) -> list[str]:
         found = []
         runs: dict[str, Any] = {}
-        for path in sorted(self._scene.cxi.glob("*_balance*.json")):
+        paths = self._scene.cxi.glob("*_balance*.json")
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
             record = _read(path)
-            if record.get("run") in runs:
-                found.append(f"two records of run {record.get('run')}")
-            runs[str(record.get("run"))] = record
+            runs[str(record.get("run"))] = record  # the latest, after those of killed writers
         writers: dict[str, Any] = {}
         written = filtered = 0
         for run, record in runs.items():

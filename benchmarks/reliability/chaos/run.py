@@ -16,6 +16,7 @@ from benchmarks.reliability.chaos.verdict import Verdict
 
 _LIMIT_S = 480.0  # a run that has not ended by itself then has failed
 _LOOK_S = 0.05
+_ORPHANS_S = 45.0  # what ranks may take to their end when their supervisor has been killed
 _ASK_S = 0.5  # between two questions to the queues
 
 
@@ -97,7 +98,8 @@ class Run:
         if writer.last.code is not None or "results incomplete" in writer.last.hits:
             return False
         lives = [life for life in self.scene.predict.lives if life.was_disturbed]
-        return any(life.ended_at >= writer.last.started_at for life in lives)
+        since = writer.last.started_at - _ORPHANS_S
+        return any(life.ended_at >= since for life in lives)
 
     def _start_again(self) -> None:
         scene, lost = self.scene, self.faults.lost

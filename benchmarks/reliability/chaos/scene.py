@@ -144,7 +144,7 @@ class Scene:
             "max_losses": 30,
             "quarantine": str(self.quarantine),
             "quarantine_bytes": plan.quarantine_bytes,
-            "idle_timeout_s": 15.0 if end == "in" else 30.0,
+            "idle_timeout_s": 30.0 if end == "in" else 45.0,
         }
         if plan.kind in ("spool", "peer"):
             settings["spool"] = str(self.disks[f"spool-{end}"].directory / "log")

@@ -76,6 +76,8 @@ class StorageFaults:
         away = cxi.with_name("cxi-away")
         if self.directory_away or not cxi.is_dir():
             return None
+        if any(part.is_alive and not part.has_begun for part in self._scene.writers):
+            return None  # its first life would make the directory
         cxi.rename(away)
         self.directory_away = True
         for part in self._scene.writers:
