@@ -28,6 +28,7 @@ from peaknet_predict.queues import (
 from peaknet_predict.queues.cluster import connect, ensure_private_token, token_path
 from peaknet_predict.queues.native import NativeProducer
 from peaknet_predict.types import Event, EventId, Refusal, Result
+from tests.helpers.commands import HANGS_S, wait_until
 from tests.helpers.foreign import make_three_method_queue
 from tests.helpers.queues import statistics, take
 from tests.helpers.queues import take_all as reader_takes_all
@@ -69,8 +70,7 @@ def test_put_waits_for_room_and_get_for_events(address: QueueAddress) -> None:
 
     producer = threading.Thread(target=produce)
     producer.start()
-    time.sleep(0.5)
-    assert queue.admin.size() == 3
+    wait_until(lambda: queue.admin.size() == 3)
     assert [e.id.idx for e in take_all(queue)] == list(range(30))
     producer.join()
     now = statistics(queue)
@@ -99,7 +99,7 @@ def test_events_outlive_the_process_that_put_them(address: QueueAddress, cluster
         "from tests.ray.test_queues import _produce_and_exit\n"
         f"_produce_and_exit(QueueAddress({address.name!r}))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANGS_S)
     assert [int(e.image[0, 0, 0]) for e in take_all(connect_queue(address, "events"))] == list(
         range(5)
     )
@@ -274,7 +274,7 @@ except ClusterError as error:
         env={k: v for k, v in os.environ.items() if k[:4] != "RAY_"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_S,
     )
     return done.stdout
 
@@ -385,7 +385,11 @@ except ClusterError as error:
 """
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     said = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        env=environment,
     )
     assert "no Ray cluster answers on this machine" in said.stdout, said
     assert "`ray start --head`" in said.stdout
@@ -413,9 +417,14 @@ def test_long_waits_say_what_to_look_at(
     queue.reader.get("r", 1, 0.1)
     assert "open producers: p" in reason()
     stop = threading.Event()
-    threading.Timer(3.0, stop.set).start()
-    queue.producer.put("p", [event(i) for i in range(3)], stop)
-    assert "nobody has read from it" in reason()
+    putting = threading.Thread(
+        target=queue.producer.put, args=("p", [event(i) for i in range(3)], stop)
+    )
+    putting.start()
+    wait_until(lambda: "nobody has read from it" in caplog.text)
+    stop.set()
+    putting.join()
+    caplog.clear()
     queue.producer.close("p")
     take_all(queue)
     queue.reader.get("another", 1, 0.1)

@@ -11,6 +11,7 @@ import ray
 from benchmarks.reliability.fuzz_kinds import Unpickled
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.types import Event, EventId, Refusal
+from tests.helpers.commands import HANGS_S
 from tests.helpers.foreign import make_three_method_queue
 from tests.helpers.queues import statistics
 
@@ -40,8 +41,8 @@ def test_our_queue_keeps_what_it_cannot_unpickle_and_goes_on(address: QueueAddre
     items = [[0, idx, Unpickled(error), 9000.0] for idx, error in enumerate(ERRORS)]
     items += [ray.exceptions.ActorDiedError(), [0, 9, IMAGE, 9000.0]]
     for item in items:
-        assert ray.get(handle.put.remote(item), timeout=60.0)
-    assert ray.get(handle.put.remote(ray.put(items[1])), timeout=60.0)
+        assert ray.get(handle.put.remote(item), timeout=HANGS_S)
+    assert ray.get(handle.put.remote(ray.put(items[1])), timeout=HANGS_S)
     assert ray.get(handle.put.remote(None))
     taken, _ = queue.reader.get("r", 99, 1.0)
     good = [one for one in taken if isinstance(one, Event)]

@@ -22,7 +22,7 @@ from peaknet_predict.cxi.file import read_cxi
 from peaknet_predict.queues import QueueAddress, connect_queue
 from peaknet_predict.sources import NpzSource, Simulator
 from peaknet_predict.types import EventId, Result
-from tests.helpers.commands import finish, start, wait_until
+from tests.helpers.commands import HANGS_S, finish, start, wait_until
 from tests.helpers.foreign import make_three_method_queue
 from tests.helpers.paths import CONFIGS, REAL_DATA
 from tests.helpers.queues import statistics, take
@@ -164,7 +164,7 @@ def test_foreign_queues_at_both_ends_with_a_pause_in_the_stream(
     assert "promise of the input queue: weaker: another program's queue" in said
     balance = json.loads((tmp_path / "predict_balance.json").read_text())
     assert "weaker" in balance["stages"]["output"]["promise"]
-    reader.join(timeout=30)
+    reader.join(HANGS_S)
     assert items.pop() == "END"
     tuples = [part for item in items for part in item]
     assert len(tuples) == 14
@@ -376,7 +376,7 @@ def test_bad_values_are_one_line_not_a_traceback(tmp_path: Path) -> None:
         (("feed", *name, "--source", "NpzSource", "--source.path", "no.npz"), "no.npz"),
     ]:
         said = start(*words, cwd=tmp_path)
-        out, _ = said.communicate(timeout=60)
+        out, _ = said.communicate(timeout=HANGS_S)
         assert said.returncode in (1, 2)
         assert reason in out
         assert "Traceback" not in out

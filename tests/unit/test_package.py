@@ -10,6 +10,7 @@ import pytest
 
 import peaknet_predict
 import peaknet_predict.callbacks
+from tests.helpers.commands import HANGS_S
 
 PACKAGE = Path(peaknet_predict.__file__).parent
 
@@ -25,7 +26,7 @@ def test_help_is_shown_at_once(words: list[str]) -> None:
     code = f"import sys; from peaknet_predict.cli import main; code = main({words})\n"
     code += f"assert not code; print(*{heavy} & set(sys.modules), file=sys.stderr)"
     ran = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, timeout=HANGS_S, capture_output=True, text=True
     )
     assert "peaknet-predict" in ran.stdout
     assert ran.stderr.split() == []
@@ -47,6 +48,6 @@ def test_importing_stays_light(module: str, absent: set[str]) -> None:
     """Beyond the import contracts: importing a module also runs its packages' `__init__`."""
     code = f"import sys, {module}; print(*{absent} & set(sys.modules))"
     ran = subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", code], check=True, timeout=HANGS_S, capture_output=True, text=True
     )
     assert ran.stdout.split() == []

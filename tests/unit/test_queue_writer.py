@@ -29,6 +29,7 @@ from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.sources import EventSource, Simulator, SkippedFile
 from peaknet_predict.types import Image
 from tests.helpers.chain import written
+from tests.helpers.commands import wait_until
 from tests.helpers.memory_cluster import MemoryCluster, install
 from tests.helpers.prediction import shot
 
@@ -319,11 +320,13 @@ def test_a_full_output_makes_the_run_wait_until_its_grace_is_over(
 ) -> None:
     rig = Rig(cluster, tmp_path, room=2, grace_s=0.0)
 
-    def stop() -> None:
+    def stop_when_it_is_full() -> None:
+        wait_until(lambda: "out" in cluster.queues and rig.counts("out")[2] == 2)
+        wait_until(lambda: rig.writer.ledger.predicted >= 4)  # of which two have no room
         assert rig.data.dataset is not None
         rig.data.dataset.stop.set()
 
-    threading.Timer(1.0, stop).start()
+    threading.Thread(target=stop_when_it_is_full).start()
     with pytest.raises(BalanceError, match="interrupted while the output queue is full: 2 results"):
         rig.predict()
     assert rig.counts("in")[0] == rig.counts("out")[2]
