@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 OTHERS := tests/ray tests/system tests/gpu
 
-.PHONY: demo check test lint test-slow test-gpu test-benchmarks coverage clean
+.PHONY: demo check test lint docs linkcheck test-slow test-gpu test-benchmarks coverage clean
 
 demo: .venv/installed
 	$(BIN)/peaknet-predict predict -c demo
@@ -31,6 +31,14 @@ lint: .venv/installed
 	$(BIN)/yamllint --strict .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The site, in docs/_build/html. It runs the notebook, and a warning is an error.
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html -c docs . docs/_build/html
+
+# Other people's pages that ours link to: every night, because they come and go.
+linkcheck: .venv/docs
+	$(BIN)/sphinx-build -q -b linkcheck -D nb_execution_mode=off -c docs . docs/_build/linkcheck
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow tests
@@ -57,5 +65,9 @@ coverage: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*

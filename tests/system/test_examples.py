@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.helpers.commands import environment, finish, start
-from tests.helpers.paths import CONFIGS, REPOSITORY
+from tests.helpers.paths import REPOSITORY
 
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 TINY = {"batch_size": 2, "panels": 1, "height": 64, "width": 64, "val_batches": 1}
@@ -26,14 +26,14 @@ def template(tmp_path: Path) -> Path:
 
 
 def played(template: Path, *words: object, expected: int = 0) -> str:
-    return finish(start(*words, cwd=template, PYTHONPATH=str(template)), expected)
+    return finish(start(*words, cwd=template), expected)
 
 
 @pytest.mark.slow
 def test_a_network_of_ones_own_from_fit_to_predict(template: Path) -> None:
     few = ["--trainer.max_steps", 4, "--trainer.max_time", "null", "--data.init_args"]
     tiny = json.dumps(TINY | {"steps_per_epoch": 4})
-    net, train = ("-c", "my_network.yaml"), ("-c", CONFIGS / "train.yaml")
+    net, train = ("-c", "my_network.yaml"), ("-c", "train")
     said = played(template, "fit", *net, *train, *CPU, *few, tiny)
     assert "this goes into the file's metadata" in said
     weights = template / "runs" / "train" / "weights.safetensors"
@@ -46,7 +46,7 @@ def test_a_network_of_ones_own_from_fit_to_predict(template: Path) -> None:
     assert f"above log odds of {threshold:g}" in played(template, "export", *again)
     assert (template / "again.safetensors").read_bytes() == weights.read_bytes()
 
-    demo = ["predict", "-c", CONFIGS / "demo.yaml", *net, "-c", CONFIGS / "topology" / "cpu.yaml"]
+    demo = ["predict", "-c", "demo", *net, "-c", "topology/cpu"]
     shots = {"num_events": 2, "panels": 1, "height": 65, "width": 64}
     options: list[Any] = [f"--data.init_args.source.init_args.{k}={n}" for k, n in shots.items()]
     refused = played(template, *demo, *options, expected=1)
@@ -73,7 +73,7 @@ def test_its_own_tests_pass(template: Path) -> None:
 
 
 def test_configurations_come_in_the_other_order_too(template: Path) -> None:
-    configs = ("-c", CONFIGS / "train.yaml", "-c", "my_network.yaml")
+    configs = ("-c", "train", "-c", "my_network.yaml")
     printed = played(template, "fit", *configs, "--print_config")
     assert "class_path: peaknet_predict.training.module.PeakNetTraining" in printed
     assert "class_path: my_network.SmallUNet" in printed
