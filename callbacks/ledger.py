@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,16 @@ from peaknet_predict.sources import SkippedFile
 from peaknet_predict.types import Refusal, Result
 
 log = logging.getLogger(__name__)
+
+
+class Counts(NamedTuple):
+    """What one rank has counted, or all of them together."""
+
+    predicted: int
+    hits: int
+    peaks: int
+    refused: int
+
 
 _REFUSALS_SHOWN = 20  # log lines; more are only counted, or a broken producer would flood the log
 _LATENCIES_KEPT = 10_000
@@ -74,14 +84,20 @@ class Ledger:
         self._skipped = [asdict(file) for file in skipped]
         self.path = None if path is None else path_of_rank(path, rank)
         self._last_refusal: Refusal | None = None
-        # One thread appends to it while another takes percentiles of a copy.
-        self._latencies_s: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        # One thread appends to it while another takes percentiles of a copy. Seconds that an
+        # event waited in the input queue, and from there to the acceptance of its result.
+        self._waited_worked_s: deque[tuple[float, float]] = deque(maxlen=_LATENCIES_KEPT)
 
     @property
     def received(self) -> int:
         """Items taken from the input."""
         counted = self.predicted + self.refused
         return counted if self._dataset is None else self._dataset.received
+
+    @property
+    def counts(self) -> Counts:
+        """What has been counted so far."""
+        return Counts(self.predicted, self.hits, self.peaks, self.refused)
 
     @property
     def left(self) -> int:
@@ -104,17 +120,33 @@ class Ledger:
     def count_delivered(self, results: Sequence[Result]) -> None:
         """Note when results were accepted by the output queue."""
         now = time.time()
-        self._latencies_s.extend(now - result.put_at for result in results if result.put_at > 0)
+        self._waited_worked_s.extend(
+            (max(result.taken_at - result.put_at, 0.0), now - result.taken_at)
+            for result in results
+            if result.put_at > 0 and result.taken_at > 0
+        )
 
     def latency_ms(self, *percentiles: float) -> list[float]:
         """Return percentiles of the time from an event's put to its result's acceptance.
 
         They cover the latest events whose time of entry is known; NaN if there are none.
         """
-        latencies_s = list(self._latencies_s)
+        latencies_s = [sum(both) for both in list(self._waited_worked_s)]
         if not latencies_s:
             return [float("nan")] * len(percentiles)
         return [1000 * float(p) for p in np.percentile(latencies_s, percentiles)]
+
+    def waited_worked_s(self) -> tuple[float, float] | None:
+        """Return the medians of what `latency_ms` consists of.
+
+        Seconds that the latest events waited in the input queue, and seconds from there to the
+        acceptance of their results; None where there are none.
+        """
+        both = list(self._waited_worked_s)
+        if not both:
+            return None
+        waited_s, worked_s = np.median(both, axis=0)
+        return float(waited_s), float(worked_s)
 
     def problem(self, world_size: int) -> str | None:
         """Return, at the end of the loop, what does not add up; None if everything does.
@@ -151,7 +183,7 @@ class Ledger:
             return
         for name, queue in self._queues().items():
             level = logging.INFO if queue.leases else logging.WARNING
-            log.log(level, "promise of the %s queue: %s", name, queue.promise)
+            log.log(level, "%s queue: %s", name, queue.promise)
 
     def draft(self) -> dict[str, Any]:
         """Return the record as far as this process knows it without asking a queue."""
@@ -169,10 +201,14 @@ class Ledger:
         other_ranks
             What is wrong with other ranks.
         """
+        queues = {name: _said_by(one) for name, one in self._queues().items()}
+        left_over = _left_over(queues)
+        if self._rank == 0:
+            log.info("%s", left_over)
         if self.path is None:
             return
-        record = self._record({name: _said_by(one) for name, one in self._queues().items()})
-        record |= {"problem": problem, "other_ranks": other_ranks}
+        record = self._record(queues)
+        record |= {"problem": problem, "other_ranks": other_ranks, "left_over": left_over}
         try:
             write_balance(self.path, record)
         except OSError as error:
@@ -205,6 +241,18 @@ class Ledger:
     def _queues(self) -> dict[str, Admin]:
         input = {} if self._dataset is None else {"input": self._dataset.queue.admin}
         return input | {"output": self._output}
+
+
+def _left_over(queues: dict[str, dict[str, Any]]) -> str:
+    """Say what the queues still hold at the end."""
+    parts = []
+    for name, what in (("input", "events"), ("output", "results")):
+        said = queues.get(name, {})
+        if waiting := said.get("ready", 0):
+            parts.append(f"{waiting} {what} wait in the {name} queue")
+        if leased := said.get("leased", 0):
+            parts.append(f"readers of the {name} queue are at work on {leased} {what}")
+    return "; ".join(parts) or "nothing left over"
 
 
 def _said_by(queue: Admin) -> dict[str, Any]:

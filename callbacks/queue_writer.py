@@ -176,6 +176,7 @@ class QueueWriter(BasePredictionWriter):
             trainer.global_rank,
             address.lease_s,  # a rank that is silent for this long has lost what it held
             stalled=lambda: self._run is not None and self._run.stalled,
+            counts=lambda: () if self._run is None else self._run.ledger.counts,
         )
         return queue, roster
 

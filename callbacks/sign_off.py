@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from peaknet_predict.callbacks.ledger import Counts
 from peaknet_predict.process.balance import BalanceError, SurvivedError
 from peaknet_predict.queues import Queue, QueueError
 from peaknet_predict.queues.roster import Roll, Standing
@@ -21,6 +22,8 @@ _LOOK_S = 0.5
 
 class Meeting(Protocol):
     """Where the ranks of a run meet: a `peaknet_predict.queues.roster.Roster`."""
+
+    latest: Roll | None
 
     def report(self, **changes: object) -> Roll:
         """Say what has changed with this rank; return where all stand."""
@@ -125,6 +128,19 @@ class SignOff:
         """Raise if the run's own consumer has failed: there would never be room for results."""
         if self.consumer is not None:
             self.consumer.check()
+
+    def counts_of_all(self, own: Counts) -> Counts | None:
+        """Return the counts of all ranks, as far as they are known here.
+
+        None where a lower rank is alive, which shows them: one rank does so for all.
+        """
+        latest = None if self._roster is None else self._roster.latest
+        if latest is None:
+            return own if self._rank == 0 else None
+        if {Standing.WORKING, Standing.DONE} & set(latest.standings[: self._rank]):
+            return None
+        others = [Counts(*one) for k, one in enumerate(latest.counts) if one and k != self._rank]
+        return Counts(*map(sum, zip(own, *others, strict=True)))
 
     def rank_zero(self) -> Standing:
         """Return whether rank 0 is alive, lost or gone; without the roster it counts as lost."""

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from peaknet_predict.batching import MAX_EVENT_BYTES, Batcher, without_events
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import Queue
-from peaknet_predict.types import EventBatch, EventId, Refusal
+from peaknet_predict.types import Event, EventBatch, EventId, Refusal
 
 _WAIT_S = 1.0  # longest wait for an event before the producer's health is checked
 _REMIND_S = 0.05  # pause between two reminders that results are waited for
@@ -156,6 +156,7 @@ class QueueDataset(IterableDataset[EventBatch]):
             self.received += len(taken)
             if taken:
                 self._active_at = time.monotonic()
+                _note_taken(taken)
             yield from batcher.add(taken)
             # With flush, nothing more comes until these have become results.
             if batcher.is_full or (self._queue.reader.flush_wanted and not batcher.is_empty):
@@ -246,3 +247,11 @@ class QueueDataset(IterableDataset[EventBatch]):
         if self._queue.reader.failures:
             return f"the input stream is incomplete: {self._queue.reader.failures}"
         return None
+
+
+def _note_taken(items: Sequence[object]) -> None:
+    """Write the time on events, from which the latency apart from the backlog follows."""
+    now = time.time()
+    for item in items:
+        if isinstance(item, Event):
+            item.taken_at = now

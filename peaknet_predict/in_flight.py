@@ -190,6 +190,7 @@ class Ring:
                     bits,
                     self._preprocess.validity.saturation,
                     self._provenance,
+                    event.taken_at,
                 )
             )
         self._check_finite(collected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -112,6 +113,8 @@ class PredictCLI(_OurCLI):
     exit_code = 0
 
     def __init__(self, args: Sequence[str] | None) -> None:
+        # What Lightning says about devices and loggers helps nobody who reads the log of a run.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         super().__init__(
             args,
             seed_everything_default=False,

@@ -250,7 +250,7 @@ class PeakNetModule(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         log.info(
-            "first batch of shape %s took %.1f s, with all that is made once (network: %s)",
+            "the first batch of shape %s took %.1f s, start-up included (network: %s)",
             shape_BPHW,
             time.monotonic() - started,
             self._forward_pass.mode,

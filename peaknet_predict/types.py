@@ -88,6 +88,8 @@ class Event:
     bad_bits
         Pixels that the producer declares bad, as `peaknet_predict.pixels.pack_mask` writes them;
         None if it declares none. Pixels whose values say so are bad as well.
+    taken_at
+        When this process took it from the input queue, seconds since 1970; 0 if it came from none.
     """
 
     id: EventId
@@ -95,6 +97,7 @@ class Event:
     photon_energy: float
     put_at: float = 0.0
     bad_bits: Bits | None = None
+    taken_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.image, masked = split_masked(self.image)
@@ -134,6 +137,8 @@ class Result:
     provenance
         What the peaks depend on (network, weights, operating point, mask...), as JSON, see
         docs/formats.md; None if that is not known.
+    taken_at
+        When this process took the event from the input queue, as `Event.taken_at`.
     """
 
     id: EventId
@@ -145,6 +150,7 @@ class Result:
     bad_bits: Bits | None = None
     saturation: float | None = None
     provenance: str | None = None
+    taken_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.image, masked = split_masked(self.image)

@@ -116,6 +116,9 @@ def connect(address: str) -> str:
         # Ray protects a cluster that it starts by a token unless told otherwise.
         if "RAY_AUTH_TOKEN" not in os.environ:
             ensure_private_token()
+        # Ray warns that the token is in use, which is as it should be.
+        token_log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+        token_log.setLevel(logging.ERROR)
         # A left-over RAY_ADDRESS must not turn "start one here" into "join that one".
         os.environ.pop("RAY_ADDRESS", None)
     elif "RAY_AUTH_TOKEN" in os.environ or token_path().exists():

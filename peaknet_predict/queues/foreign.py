@@ -254,8 +254,8 @@ class ForeignAdmin:
 
     leases = False
     promise = (
-        "weaker: another program's queue hands an event out once, so that what a killed "
-        "process had taken is lost; and an answer that is lost is a put that may be lost"
+        "may lose events: another program's queue hands each out once, so that a process that is "
+        "killed takes with it what it held, and a put whose answer is lost may be lost"
     )
 
     def __init__(self, handle: Any, address: QueueAddress, uid: str) -> None:

@@ -259,8 +259,11 @@ class NativeAdmin:
         """What is promised of the records in this queue."""
         spool = self._calls.settings.spool
         if spool is not None:
-            return f"no event lost: leased, and on disk in {spool}"
-        return "no event lost while the queue's process lives: leased, but in memory only"
+            return f"loses nothing, whatever dies: what it holds is on disk too, in {spool}"
+        return (
+            "loses nothing if a reader or producer dies; but what it holds is in memory only, and "
+            "is lost if Ray or its machine dies"
+        )
 
     def statistics(self) -> QueueStatistics:
         """Return what went through the queue and what is in it."""

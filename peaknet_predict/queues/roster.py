@@ -51,6 +51,8 @@ class Report:
     given_up
         A rank that should close the run and does not; it counts as lost until it reports something
         new.
+    counts
+        What it has counted, in an order of the caller's.
     """
 
     rank: int
@@ -59,6 +61,7 @@ class Report:
     final: bool = False
     closed: bool = False
     given_up: int | None = None
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class Roll:
         Whether the run has been closed, so that no rank has to stay.
     silent_s
         For how many seconds nothing has been heard of each rank.
+    counts
+        Of each rank, as it last reported them.
     """
 
     standings: tuple[Standing, ...]
@@ -87,6 +92,7 @@ class Roll:
     closer: int | None = None
     closed: bool = False
     silent_s: tuple[float, ...] = ()
+    counts: tuple[tuple[int, ...], ...] = ()
 
 
 class RosterState:
@@ -145,7 +151,8 @@ class RosterState:
         closer = None if self._closed else self._closer
         now = self._clock()
         silent_s = tuple(now - heard for heard in self._heard)
-        return Roll(standings, failures, final, closer, self._closed, silent_s)
+        counts = tuple(report.counts for report in self._reports)
+        return Roll(standings, failures, final, closer, self._closed, silent_s, counts)
 
     def deserted(self) -> bool:
         """Whether no rank is left."""
@@ -210,13 +217,27 @@ class Roster:
         The silence after which it would be lost.
     stalled
         Says whether the rank is stuck and must not count as alive.
+    counts
+        Says what the rank has counted so far; goes along with every report.
+
+    Attributes
+    ----------
+    latest
+        What the roster answered last.
     """
 
     def __init__(
-        self, calls: ActorCalls, rank: int, silence_s: float, stalled: Callable[[], bool]
+        self,
+        calls: ActorCalls,
+        rank: int,
+        silence_s: float,
+        stalled: Callable[[], bool],
+        counts: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
+        self.latest: Roll | None = None
         self._calls = calls
         self._stalled = stalled
+        self._counts = counts
         self._report = Report(rank)
         self._in_order = threading.Lock()  # an older report must not arrive behind a newer one
         self._heartbeat = Heartbeat(self._beat, silence_s / 4)
@@ -232,13 +253,18 @@ class Roster:
         with self._in_order:
             self._report = replace(self._report, **changes)
             self._heartbeat.start()
-            roll: Roll = self._calls.call("report", self._report)
-            return roll
+            return self._send()
 
     def _beat(self) -> None:
         with self._in_order:
             if self._report.standing is not Standing.GONE and not self._stalled():
-                self._calls.call("report", self._report)
+                self._send()
+
+    def _send(self) -> Roll:
+        self._report = replace(self._report, counts=self._counts())
+        roll: Roll = self._calls.call("report", self._report)
+        self.latest = roll
+        return roll
 
 
 def connect_roster(
@@ -248,6 +274,7 @@ def connect_roster(
     rank: int,
     silence_s: float,
     stalled: Callable[[], bool],
+    counts: Callable[[], tuple[int, ...]] = tuple,
 ) -> Roster:
     """Find the roster of a run, or make it, in the cluster this process has joined.
 
@@ -259,8 +286,8 @@ def connect_roster(
         How many ranks the run has, and which of them this is.
     silence_s
         A rank that is silent for longer is lost.
-    stalled
-        Says whether this rank is stuck and must not count as alive.
+    stalled, counts
+        As for `Roster`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -280,4 +307,5 @@ def connect_roster(
         )
         .remote(num_ranks, silence_s)
     )
-    return Roster(ActorCalls(handle, QueueAddress(name, namespace)), rank, silence_s, stalled)
+    calls = ActorCalls(handle, QueueAddress(name, namespace))
+    return Roster(calls, rank, silence_s, stalled, counts)

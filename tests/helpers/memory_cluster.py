@@ -57,16 +57,21 @@ class MemoryTask:
 class MemoryRoster:
     """A rank's place in a roster of this process; nobody repeats its report."""
 
-    def __init__(self, state: RosterState, rank: int) -> None:
+    def __init__(
+        self, state: RosterState, rank: int, counts: Callable[[], tuple[int, ...]]
+    ) -> None:
         self.state = state
         self._report = Report(rank)
+        self._counts = counts
+        self.latest: Roll | None = None
         self.reachable = True
 
     def report(self, **changes: Any) -> Roll:
         if not self.reachable:
             raise QueueError("the roster is gone")
-        self._report = replace(self._report, **changes)
-        return self.state.report(self._report)
+        self._report = replace(self._report, counts=self._counts(), **changes)
+        self.latest = self.state.report(self._report)
+        return self.latest
 
 
 class MemoryCluster:
@@ -115,10 +120,11 @@ class MemoryCluster:
         rank: int,
         silence_s: float,
         stalled: Callable[[], bool],
+        counts: Callable[[], tuple[int, ...]],
     ) -> MemoryRoster:
         with self._lock:
             state = self.rosters.setdefault(name, RosterState(num_ranks, silence_s))
-        self.places.append(MemoryRoster(state, rank))
+        self.places.append(MemoryRoster(state, rank, counts))
         return self.places[-1]
 
     def run_in_cluster(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryTask:

@@ -161,7 +161,7 @@ def test_foreign_queues_at_both_ends_with_a_pause_in_the_stream(
     reader.start()
     snr, cpu = CONFIGS / "models" / "snr.yaml", CONFIGS / "topology" / "cpu.yaml"
     said = finish(start("predict", "-c", predict_yaml, "-c", snr, "-c", cpu, cwd=tmp_path))
-    assert "promise of the input queue: weaker: another program's queue" in said
+    assert "input queue: may lose events: another program's queue" in said
     balance = json.loads((tmp_path / "predict_balance.json").read_text())
     assert "weaker" in balance["stages"]["output"]["promise"]
     reader.join(HANGS_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +148,14 @@ def test_every_event_becomes_a_result_and_the_record_says_so(
     assert (
         f"rank 0: received {EVENTS} = predicted {EVENTS} + refused 0; {EVENTS} peaks" in said.text
     )
-    assert f"rank 0: {EVENTS} events, {EVENTS} hits" in said.text
+    assert f"{EVENTS} of {EVENTS} events (100 %); " in said.text
+    assert f"{EVENTS} hits, {EVENTS} peaks, 0 refused in all; latency " in said.text
+    assert re.search(rf"{EVENTS} events, [\d.]+ events/s; 100 % hits, {EVENTS} peaks", said.text)
+    assert not re.search(r"\bnan\b", said.text)
+    waited_s, worked_s = ledger.waited_worked_s() or (-1, -1)
+    assert waited_s >= 0
+    assert worked_s > 0
+    assert record["left_over"] == f"{EVENTS} results wait in the output queue", "nobody reads them"
     reader = cluster.queues["out"].connect().reader
     taken, _ = reader.get("r", 99, 1.0)
     assert [one.id.idx for one in taken if one.id is not None] == list(range(EVENTS))

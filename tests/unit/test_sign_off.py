@@ -90,7 +90,7 @@ class World:
         self.input = MemoryQueue("events", ours=self.ours[0], **shared)
         self.results = MemoryQueue("results", ours=self.ours[1], **shared)
         self.roster = RosterState(len(self.plans), LEASE_S, self.time.now)
-        self.places = [MemoryRoster(self.roster, rank) for rank in range(len(self.plans))]
+        self.places = [MemoryRoster(self.roster, rank, tuple) for rank in range(len(self.plans))]
         self.queues = [(self.input.connect(), self.results.connect()) for _ in self.plans]
         self.consumers = [RunsConsumer(self, rank) for rank in range(len(self.plans))]
         self.tasks: list[Task] = []
