@@ -13,6 +13,7 @@ from peaknet_predict.callbacks.find_callback import find_callback
 from peaknet_predict.callbacks.ledger import Counts
 from peaknet_predict.callbacks.queue_writer import QueueWriter
 from peaknet_predict.data import QueueDataModule
+from peaknet_predict.process.settings import check_seconds
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ class RateLog(L.Callback):
     """
 
     def __init__(self, interval_s: float = 10.0) -> None:
-        if interval_s <= 0:
-            raise ValueError(f"interval_s is {interval_s}; give a positive number of seconds")
+        check_seconds("interval_s", interval_s)
         self.interval_s = interval_s
         self._seen: deque[_Seen] = deque()
         self._first: _Seen | None = None

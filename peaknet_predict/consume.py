@@ -16,6 +16,7 @@ from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.process.balance import queue_balance
 from peaknet_predict.process.files import expanded
 from peaknet_predict.process.last_words import LastWords
+from peaknet_predict.process.settings import check_seconds
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests, uninterrupted
 from peaknet_predict.queues import (
     QueueAddress,
@@ -83,6 +84,7 @@ def write_cxi(
     grace_s
         How long it may take to its end after Ctrl-C or SIGTERM.
     """
+    check_seconds("grace_s", grace_s, zero=True)
     directory = str(expanded(directory))
     connect(address)
     results = connect_queue(queue, "results", resumes=resume)

@@ -11,6 +11,7 @@ from peaknet_predict.acknowledger import Acknowledger
 from peaknet_predict.batching import MAX_EVENT_BYTES
 from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.feed import feed
+from peaknet_predict.process.settings import check_rate, check_seconds
 from peaknet_predict.process.stopping import GRACE_S
 from peaknet_predict.queues import (
     ClusterError,
@@ -64,6 +65,9 @@ class QueueDataModule(L.LightningDataModule):
         resume: bool = False,
     ) -> None:
         super().__init__()
+        check_seconds("grace_s", grace_s, zero=True)
+        if source_rate_hz is not None:
+            check_rate("source_rate_hz", source_rate_hz)
         self.queue_address = queue
         self.batch_size = batch_size
         self.partial_sizes = partial_sizes

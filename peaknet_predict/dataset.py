@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from queue import SimpleQueue
 from torch.utils.data import IterableDataset
 
 from peaknet_predict.batching import MAX_EVENT_BYTES, Batcher, without_events
+from peaknet_predict.process.settings import check_seconds
 from peaknet_predict.process.stopping import GRACE_S, StopRequest, stop_requests
 from peaknet_predict.queues import Queue
 from peaknet_predict.types import Event, EventBatch, EventId, Refusal
@@ -86,10 +88,9 @@ class QueueDataset(IterableDataset[EventBatch]):
         max_event_bytes: int = MAX_EVENT_BYTES,
         grace_s: float = GRACE_S,
     ) -> None:
-        if max_latency_ms is not None and not max_latency_ms > 0:
+        if max_latency_ms is not None and not 0 < max_latency_ms < math.inf:
             raise ValueError(f"max_latency_ms is {max_latency_ms}; give a positive number")
-        if not grace_s >= 0:
-            raise ValueError(f"grace_s is {grace_s}; give 0 or more")
+        check_seconds("grace_s", grace_s, zero=True)
         self._queue = queue
         self._group = group
         self._batcher = Batcher(batch_size, partial_sizes, pin_memory, max_event_bytes)

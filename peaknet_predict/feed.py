@@ -17,6 +17,7 @@ from typing import Any
 from peaknet_predict.process.balance import path_of_rank, queue_balance, write_balance
 from peaknet_predict.process.files import expanded
 from peaknet_predict.process.last_words import LastWords
+from peaknet_predict.process.settings import check_rate, check_seconds
 from peaknet_predict.process.stopping import GRACE_S, stop_requests
 from peaknet_predict.queues import Queue, QueueAddress, QueueError, connect_queue
 from peaknet_predict.queues.cluster import connect, vital_signs
@@ -105,8 +106,8 @@ def feed(
     peaknet_predict.queues.ClusterError, peaknet_predict.queues.QueueError
         If the cluster or the queue cannot be used.
     """
-    if rate_hz is not None and not rate_hz > 0:  # NaN is not
-        raise ValueError(f"rate_hz is {rate_hz}; give a positive number of events per second")
+    if rate_hz is not None:
+        check_rate("rate_hz", rate_hz)
     if num_events is not None and num_events < 0:
         raise ValueError(f"num_events is {num_events}; give 0 or more")
     problem = identity_problem(EventId(stream or "", rank, 0))
@@ -117,8 +118,7 @@ def feed(
         )
     if producers < 1:
         raise ValueError(f"producers is {producers}; give the number of producers, at least 1")
-    if not grace_s >= 0:
-        raise ValueError(f"grace_s is {grace_s}; give 0 or more seconds")
+    check_seconds("grace_s", grace_s, zero=True)
     balance = None if balance is None else str(expanded(balance))
     source.check()
     connect(address)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from peaknet_predict.process.files import expanded
+from peaknet_predict.process.settings import check_count, check_seconds
 from peaknet_predict.queues.cluster import NAMESPACE
 
 
@@ -65,25 +65,11 @@ class QueueAddress:
             if not text or not text.isprintable():
                 raise ValueError(f"a queue's {what} must be printable text, not {text!r}")
         for setting in ("max_events", "max_bytes", "max_losses"):
-            if getattr(self, setting) < 1:
-                raise ValueError(
-                    f"queue {self.name!r}: {setting} must be at least 1, not "
-                    f"{getattr(self, setting)}"
-                )
+            check_count(f"queue {self.name!r}: {setting}", getattr(self, setting))
         for setting in ("lease_s", "producer_timeout_s", "idle_timeout_s"):
-            seconds = getattr(self, setting)
-            # Written so that it holds for NaN, which is neither smaller nor larger than anything.
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(
-                    f"queue {self.name!r}: {setting} must be a positive number of seconds, not "
-                    f"{seconds}"
-                )
+            check_seconds(f"queue {self.name!r}: {setting}", getattr(self, setting))
+        check_count(f"queue {self.name!r}: quarantine_bytes", self.quarantine_bytes, least=0)
         # Checked here, so that a wrong path is refused before anything starts.
         object.__setattr__(self, "quarantine", str(expanded(self.quarantine)))
         if self.spool is not None:
             object.__setattr__(self, "spool", str(expanded(self.spool)))
-        if self.quarantine_bytes < 0:
-            raise ValueError(
-                f"queue {self.name!r}: quarantine_bytes must be 0 or more, not "
-                f"{self.quarantine_bytes}"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from peaknet_predict.keys import KeySet
@@ -41,6 +42,7 @@ class ForeignStreams:
         self._uid = uid
         self._number = 0
         self._last: dict[int, int] = {}  # the latest idx of each rank
+        self._unheard: set[int] = set()  # ranks of which nothing has come since a restart
 
     def open(self) -> bool:
         """Note that an item is offered; True if that opens a stream."""
@@ -86,13 +88,30 @@ class ForeignStreams:
         if identity is not None:
             rank, idx = identity
             self._last[rank] = idx
+            self._unheard.discard(rank)
         self.items += 1
         return over
 
     def last_events(self) -> str:
         """Name the last event of each rank."""
-        named = (f"rank {rank} idx {idx}" for rank, idx in sorted(self._last.items())[:8])
-        return ", ".join(named) or "none"
+        return self._named(self._last) or "none"
+
+    def why_incomplete(self) -> str | None:
+        """Say which ranks may have died with an earlier life of the queue, though others live.
+
+        Whoever ends the stream is alive: a rank that is the only one is not among them.
+        """
+        if not self._unheard or len(self._last) == 1:
+            return None
+        return (
+            "nothing came from some of its ranks between the restart of this queue and the end of "
+            "the stream, and psana-ray's producers end, without an error, when their queue dies. "
+            f"The last events of those ranks: {self._named(self._unheard)}. If these are not all "
+            "that they had, start it again for the rest"
+        )
+
+    def _named(self, ranks: Iterable[int]) -> str:
+        return ", ".join(f"rank {rank} idx {self._last[rank]}" for rank in sorted(ranks)[:8])
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain data, for a spool."""
@@ -123,6 +142,7 @@ class ForeignStreams:
                 self.items = max(self.items, bounds[-1])
             else:
                 self._last[rank] = max(self._last.get(rank, -1), bounds[-1] - 1)
+        self._unheard = set(self._last) if self.is_open else set()
 
     def _starts_anew(self, identity: tuple[int, int] | None) -> bool:
         if identity is None or identity[0] not in self._last:
@@ -132,3 +152,4 @@ class ForeignStreams:
     def _begin_next(self) -> None:
         self._number += 1
         self._last.clear()
+        self._unheard.clear()

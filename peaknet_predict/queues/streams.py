@@ -175,6 +175,9 @@ class StreamBook:
     def close_foreign(self) -> None:
         """End the stream of programs that know only ``put``."""
         self._foreign_due = None
+        incomplete = self.foreign.why_incomplete()
+        if incomplete is not None:
+            self.failures[FOREIGN] = incomplete
         self.foreign.close()
         self._save()
 

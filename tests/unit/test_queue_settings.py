@@ -20,14 +20,14 @@ NAN, INFINITY = float("nan"), float("inf")
         *(
             ({setting: value}, f"{setting} must be a positive number of seconds")
             for setting in ("lease_s", "producer_timeout_s", "idle_timeout_s")
-            for value in (NAN, INFINITY, -1.0, 0.0)
+            for value in (NAN, INFINITY, -1.0, 0.0, 1e30, True)
         ),
         *(
-            ({setting: value}, f"{setting} must be at least 1")
+            ({setting: value}, f"{setting} must be an integer and at least 1")
             for setting in ("max_events", "max_bytes", "max_losses")
-            for value in (0, -5)
+            for value in (0, -5, True, NAN, 1.5)
         ),
-        ({"quarantine_bytes": -1}, "quarantine_bytes must be 0 or more"),
+        ({"quarantine_bytes": -1}, "quarantine_bytes must be an integer and at least 0"),
         *(
             ({what: text}, f"{what} must be printable")
             for what in ("name", "namespace")

@@ -640,6 +640,27 @@ def test_a_restart_ends_the_stream_of_a_producer_that_ended_with_the_queue() -> 
     assert "Start it again" in why
 
 
+@pytest.mark.parametrize("survivors", [[3], [3, 4], []])
+def test_ranks_that_ended_with_the_queue_are_named_though_another_ends_the_stream(
+    survivors: list[int],
+) -> None:
+    clock = Clock()
+    state = QueueState("events", 10, 10**6, clock=clock)
+    for rank in (3, 4):
+        state.put_foreign([rank, 0, *foreign(0)[2:]])
+    assert len(take_all(state)) == 2
+    state = restarted(state, clock)
+    for rank in survivors:
+        state.put_foreign([rank, 1, *foreign(0)[2:]])
+    assert state.put_foreign(None)
+    assert state.put_foreign(None), "once for each of several readers"
+    take_all(state)
+    dead = ", ".join(f"rank {rank} idx 0" for rank in (3, 4) if rank not in survivors)
+    failures = state.statistics().failures
+    assert len(failures) == (1 if dead else 0)
+    assert all(f"The last events of those ranks: {dead}. If" in why for why in failures.values())
+
+
 def test_a_producer_of_three_methods_that_survives_a_restart_goes_on_in_its_stream() -> None:
     clock = Clock()
     first = QueueState("events", 10, 10**6, clock=clock)
