@@ -13,16 +13,16 @@ with the network.
 
 from peaknet_predict.preprocess.base import Shape, Transform
 from peaknet_predict.preprocess.chain import Prepared, Preprocess
-from peaknet_predict.preprocess.frames import (
+from peaknet_predict.preprocess.mask_files import read_mask
+from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
+from peaknet_predict.preprocess.outliers import find_outliers
+from peaknet_predict.preprocess.panels import (
     Crop,
     MergeBatchChannelDims,
     Pad,
     PadToMultiple,
     Patchify,
 )
-from peaknet_predict.preprocess.mask_files import read_mask
-from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
-from peaknet_predict.preprocess.outliers import find_outliers
 from peaknet_predict.preprocess.validity import StaticMask, Validity, pack_masks
 
 __all__ = [

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from peaknet_predict.preprocess.base import Shape, Transform, event_shape
-from peaknet_predict.preprocess.frames import Patchify
 from peaknet_predict.preprocess.norms import InstanceNorm, LocalNorm
 from peaknet_predict.preprocess.outliers import OutlierReport, find_outliers
+from peaknet_predict.preprocess.panels import Patchify
 from peaknet_predict.preprocess.saturation import SaturationReport
 from peaknet_predict.preprocess.validity import Validity
 from peaknet_predict.types import Peaks

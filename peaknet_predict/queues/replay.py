@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from peaknet_predict.keys import KeySet
 from peaknet_predict.process.files import FileSystem
 from peaknet_predict.queues.codec import decode
-from peaknet_predict.queues.frames import FORMAT, Frame, Kind, format_of, read_frames
+from peaknet_predict.queues.framing import FORMAT, Frame, Kind, format_of, read_frames
 from peaknet_predict.queues.records import Entry, entry_of
 from peaknet_predict.queues.synced_mark import Mark
 from peaknet_predict.types import EventId

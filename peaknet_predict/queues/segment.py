@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from peaknet_predict.process.files import FileSystem
 from peaknet_predict.queues.codec import Buffer
-from peaknet_predict.queues.frames import Kind, write_frame
+from peaknet_predict.queues.framing import Kind, write_frame
 from peaknet_predict.queues.synced_mark import MarkFile
 
 

@@ -29,7 +29,7 @@ from peaknet_predict.process.files import (
     sync_directory,
 )
 from peaknet_predict.queues.codec import Buffer, encode
-from peaknet_predict.queues.frames import Kind, write_frame
+from peaknet_predict.queues.framing import Kind, write_frame
 from peaknet_predict.queues.live_records import LiveRecords
 from peaknet_predict.queues.records import Entry
 from peaknet_predict.queues.replay import SpoolError, SpoolReader, Unsettled, path_of
