@@ -21,12 +21,12 @@ from peaknet_predict.types import Image
 MIN_PEAKS = 3
 """`write-cxi` filters what has fewer."""
 
-_FORMS: tuple[tuple[tuple[int, int, int], str], ...] = (
+_KINDS: tuple[tuple[tuple[int, int, int], str], ...] = (
     ((1, 32, 32), "float32"),
     ((2, 16, 32), "uint16"),
     ((4, 8, 32), "int32"),
 )
-_EVENTS_PER_FORM = 100  # then the next one: batches and files have one form each
+_EVENTS_PER_KIND = 100  # then the next shape and dtype: batches and files have one each
 _CELL = 8  # pixels along each edge of the cells that have one peak at most
 _DEAD = {"float32": np.nan, "uint16": 65535, "int32": -(2**31)}
 
@@ -62,7 +62,7 @@ class Truth:
 def truth(rank: int, idx: int) -> Truth:
     """Return event ``idx`` of a producer."""
     random = np.random.default_rng((rank, idx))
-    (panels, height, width), dtype = _FORMS[idx // _EVENTS_PER_FORM % len(_FORMS)]
+    (panels, height, width), dtype = _KINDS[idx // _EVENTS_PER_KIND % len(_KINDS)]
     image = random.integers(90, 111, (panels, height, width)).astype(dtype)
     few = idx % 10 in (3, 7)
     count = int(random.integers(0, MIN_PEAKS) if few else random.integers(MIN_PEAKS, 13))
