@@ -11,7 +11,6 @@ import ipaddress
 import logging
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,13 @@ from typing import Any
 
 from peaknet_predict.process.stopping import listen_again
 from peaknet_predict.queues.admission import admits_strangers
+from peaknet_predict.queues.clusters_here import (
+    FoundCluster,
+    NoClusterError,
+    cluster_of_mine,
+    clusters_here,
+    why_silent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,17 +105,23 @@ def connect(address: str) -> str:
     ----------
     address
         ``local`` starts a cluster inside this process: it listens on the loopback interface only,
-        is protected by a token and ends with the process. ``auto`` joins the cluster that runs on
-        this machine or that ``RAY_ADDRESS`` names. ``host:port`` joins that one.
+        is protected by a token and ends with the process. ``auto`` joins the cluster that
+        ``RAY_ADDRESS`` names, or else this user's cluster on this machine, and logs which one that
+        is. ``host:port`` joins that one.
 
     Raises
     ------
     ClusterError
-        If there is no such cluster, its token is another one, or it runs another Ray or Python.
+        If there is no such cluster, it is dead, its token is another one, or it runs another Ray or
+        Python. A dead one is found out within 20 s.
     """
+    if "ray" in sys.modules and _ray().is_initialized():
+        return current_address()
+    found, named = None, ""
     if address == "auto":
-        # Ray does the same; done here, the checks below see the address.
-        address = os.environ.get("RAY_ADDRESS") or "auto"
+        named = os.environ.get("RAY_ADDRESS", "")
+        found = _found_here() if named in ("", "auto") else None
+        address = named if found is None else found.address
     if address == "local" or _is_loopback(address):
         keep_to_loopback()
     if address == "local":
@@ -128,11 +140,8 @@ def connect(address: str) -> str:
             # Left as it is, unlike that of a cluster of our own: it may be shared on purpose.
             log.warning("others can read %s, and so run code as you: chmod 600 it", token_path())
     ray = _ray()
-    if ray.is_initialized():
-        return current_address()
-    found = _found_by_ray() if address == "auto" else address
-    if ":" in found:
-        _check_listening(found, named=found == address)
+    if address != "local":
+        _check_answers(address, found)
     settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING, **settings)
@@ -140,6 +149,8 @@ def connect(address: str) -> str:
         raise ClusterError(_explain(address, error)) from error
     finally:
         listen_again()  # Ray's handler of SIGTERM would end the process
+    if found is not None or named:
+        log.info("joined the Ray cluster at %s", found or f"{named}, which RAY_ADDRESS names")
     if address != "local":
         _warn_if_open(current_address())
     return current_address()
@@ -274,39 +285,33 @@ def _is_loopback(address: str) -> bool:
     return host == "localhost"
 
 
-def _found_by_ray() -> str:
-    """Return the address behind ``auto``, which may be that of a cluster killed long ago."""
+def _found_here() -> FoundCluster:
+    """Return the cluster behind ``auto``: this user's, on this machine."""
     try:
-        from ray._private import services
-
-        return str(services.get_ray_address_from_environment("auto", None))
-    except ConnectionError as error:
-        raise ClusterError(_explain("auto", error)) from error
-    except (ImportError, AttributeError, TypeError):
-        return "auto"  # another version of Ray: it finds out by itself, within minutes
+        return cluster_of_mine(clusters_here())
+    except NoClusterError as error:
+        raise ClusterError(str(error)) from error
 
 
-def _check_listening(address: str, named: bool) -> None:
-    """Find out in seconds that nothing listens there; Ray would retry for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+def _check_answers(address: str, found: FoundCluster | None) -> None:
+    """Find out in seconds that nothing answers there; Ray would retry for minutes."""
     if address.startswith("ray://"):
         raise ClusterError(
             f"{address} names a Ray Client proxy, which is far too slow for detector images; "
             "give the cluster's own address, e.g. host:6379, or run inside the cluster with 'auto'"
         )
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
-        if not named:
-            raise ClusterError(
-                f"no Ray cluster answers on this machine: the last one known here, {address}, is "
-                f"gone or embedded in a run ({error}). Start one with `ray start --head`, set "
-                "RAY_ADDRESS=host:port, or use the address 'local' for an embedded one"
-            ) from error
+    why = why_silent(address)
+    if why is None:
+        return
+    if found is not None:
         raise ClusterError(
-            f"nothing answers at {address} ({error}). Check host and port (`ray status` on the "
-            "head node shows them), or start a cluster with `ray start --head`"
-        ) from error
+            f"the Ray cluster at {found}, is dead: its head does not answer ({why}). End what is "
+            "left of it with `ray stop`, and start one with `ray start --head`"
+        )
+    raise ClusterError(
+        f"nothing answers at {address} ({why}). Check host and port (`ray status` on the head node "
+        "shows them), or start a cluster with `ray start --head`"
+    )
 
 
 def _explain(address: str, error: Exception) -> str:
@@ -333,11 +338,6 @@ def _explain(address: str, error: Exception) -> str:
         return (
             f"what answers at {address!r} does not speak as a Ray head of our version: check host "
             "and port (`ray status` on the head node shows them) and the version of Ray there"
-        )
-    if "Could not find any running Ray" in text:
-        return (
-            "no Ray cluster runs on this machine. Start one with `ray start --head`, set "
-            "RAY_ADDRESS=host:port, or use the address 'local' for an embedded one"
         )
     return f"cannot use the Ray cluster at {address!r}: {_first_lines(text)}"
 

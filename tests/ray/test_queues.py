@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -26,6 +27,12 @@ from peaknet_predict.queues import (
     run_in_cluster,
 )
 from peaknet_predict.queues.cluster import connect, ensure_private_token, token_path
+from peaknet_predict.queues.clusters_here import (
+    NoClusterError,
+    cluster_of_mine,
+    clusters_here,
+    why_silent,
+)
 from peaknet_predict.queues.native import NativeProducer
 from peaknet_predict.types import Event, EventId, Refusal, Result
 from tests.helpers.commands import HANGS_S, wait_until
@@ -362,7 +369,7 @@ def test_ranks_that_share_a_reader_all_end_with_their_own_run(address: QueueAddr
     assert queue.reader.get("run 1", 1, 1.0) == ([], True), "rank 1, after the next run has begun"
 
 
-def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ray_version_gets_a_sentence(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**settings: Any) -> None:
         raise RuntimeError("Version mismatch: The cluster was started with: Ray: 2.48.0")
 
@@ -370,29 +377,18 @@ def test_another_ray_version_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ClusterError, match="another version of Ray or Python.*2.48.0"):
-        connect("auto")
+        connect(cluster)
 
 
-def test_a_cluster_that_was_killed_is_found_dead_in_seconds(tmp_path: Path) -> None:
-    code = """
-from ray._private import services
-from peaknet_predict.queues.cluster import ClusterError, connect
-services.get_ray_address_from_environment = lambda *_: "127.0.0.1:1"  # as Ray left it behind
-try:
-    connect("auto")
-except ClusterError as error:
-    print(error)
-"""
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=HANGS_S,
-        env=environment,
-    )
-    assert "no Ray cluster answers on this machine" in said.stdout, said
-    assert "`ray start --head`" in said.stdout
+def test_a_cluster_of_a_run_is_seen_and_answers_but_is_not_joined_by_chance(cluster: str) -> None:
+    (own,) = (one for one in clusters_here() if one.address == cluster)
+    assert own.mine
+    assert own.embedded
+    assert own.user == pwd.getpwuid(os.getuid()).pw_name
+    assert 0 <= time.time() - own.started_at < 86400
+    assert why_silent(cluster) is None
+    with pytest.raises(NoClusterError, match="a run's own, which ends with it, is at " + cluster):
+        cluster_of_mine([own])
 
 
 def test_long_waits_say_what_to_look_at(
