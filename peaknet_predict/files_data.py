@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 HARMLESS_WARNINGS = (
     # That is the point: predict_step moves the pixels without waiting.
     "You have overridden `transfer_batch_to_device`",
-    # A thread reads ahead; worker processes would only copy the batches.
+    # A thread makes the batches; worker processes would only copy them.
     r"The '\w+_dataloader' does not have many workers",
     # Between Lightning and torch; nothing a user could change.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from peaknet_predict.complaints import OneSentence
 from peaknet_predict.config_files import ConfigurationError, refuse_duplicate_keys
+from peaknet_predict.files_data import HARMLESS_WARNINGS
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.named_configs import NamedConfig
 from peaknet_predict.output_options import (
@@ -38,14 +39,9 @@ from peaknet_predict.process.supervise import Layout, note_started, supervise
 MPIEnvironment.detect = staticmethod(lambda: False)  # type: ignore[method-assign]
 
 _HARMLESS_WARNINGS = (
+    *HARMLESS_WARNINGS,
     # The batch's identity travels in the batch itself.
     "Couldn't infer the batch indices",
-    # That is the point: predict_step moves the pixels without waiting.
-    "You have overridden `transfer_batch_to_device`",
-    # Between Lightning and torch; nothing a user could change.
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # Batches are made where the queue is read; worker processes would only copy them.
-    r"The '\w+_dataloader' does not have many workers",
     # `run` puts its options into words for `predict`.
     "LightningCLI's args parameter is intended",
 )

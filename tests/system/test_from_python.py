@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,26 @@ import numpy as np
 
 from peaknet_predict import FilesDataModule, find_peaks, load_model
 from peaknet_predict.sources import Simulator
-from tests.helpers.commands import finish, start
-from tests.helpers.paths import CONFIGS
+from tests.helpers.commands import environment, finish, start
+from tests.helpers.paths import CONFIGS, REPOSITORY
+
+
+def test_what_the_page_shows(tmp_path: Path) -> None:
+    """All blocks of docs/python.md, one after the other, as a notebook would run them."""
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    assert len(blocks) > 6
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    ran = subprocess.run(
+        [sys.executable, "page.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "1 of 4 events are refused: event 3: no pixel of the image is finite" in ran.stdout
+    assert "fed 4 events in" in ran.stdout
 
 
 def test_the_peaks_of_the_demo(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ assert pathlib.Path(peaknet_predict.__file__).is_relative_to({str(site)!r})
 for name in {ours}:
     module, _, attribute = name.rpartition(".")
     getattr(importlib.import_module(module), attribute)
+model = peaknet_predict.load_model("peaknet_small")
+assert model.provenance.weights_sha256, "its configuration and its weights are in the wheel"
 """
     run(PYTHON, "-c", program, cwd=home, PYTHONPATH=str(site))
     command = site / "bin" / "peaknet-predict"
