@@ -36,6 +36,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
 
 
+def test_every_page_is_on_the_site() -> None:
+    """`make docs` takes a page without a place for an error, and runs later than this."""
+    docs = REPOSITORY / "docs"
+    index = (docs / "index.md").read_text()
+    listed = {
+        line
+        for part in re.findall(r"^```\{toctree\}(.*?)^```", index, re.M | re.S)
+        for line in part.split("\n")
+    }
+    pages = {
+        str(page.relative_to(docs).with_suffix(""))
+        for page in [*docs.glob("*.md"), *docs.glob("reference/*.md")]
+    }
+    assert pages - listed == {"index"}, "add the page to a toctree of docs/index.md"
+
+
 def test_the_index_of_decisions_has_every_page_under_its_title() -> None:
     folder = REPOSITORY / "docs" / "decisions"
     listed = re.findall(r"\[(.*)\]\((.*)\)", (folder / "README.md").read_text())
