@@ -231,8 +231,8 @@ class SignOff:
             lower = [rank for rank in range(self._rank) if roll.standings[rank] in stays]
             if not lower or at_once or not self._results.producer.closes_for_all:
                 return bool(lower)
-            # Of a queue whose stream nobody else can end, hearsay is not enough: it may have been
-            # killed a moment ago.
+            # If nobody else can end the queue's stream, an old report is not enough: a lower rank
+            # may have been killed a moment ago.
             reported_s = self._clock() - reported_at
             if any(roll.silent_s[rank] < reported_s for rank in lower):
                 return True

@@ -137,8 +137,8 @@ class FilesDataModule(L.LightningDataModule):
         trainer = self.trainer
         total, rank, ranks = len(self.source), trainer.global_rank, trainer.world_size
         first, last = rank * total // ranks, (rank + 1) * total // ranks
-        # Of this run only: a queue or a directory that has had the files before would take the
-        # events for those it knows, if a QueueWriter brought them there.
+        # A new name for each run: a queue or a directory that has had these files before would take
+        # their events, brought by a QueueWriter, for known ones.
         stream = trainer.strategy.broadcast(f"files-{secrets.token_hex(6)}")
         pin_memory = trainer.strategy.root_device.type == "cuda"
 

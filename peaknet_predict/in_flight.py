@@ -165,7 +165,7 @@ class Ring:
             if found.bad_pixels[k] >= event.image.size:
                 blind.append(Refusal(event.id, _BLIND))
                 continue
-            # Of patches put together, peaks are found in the original frame.
+            # Peaks of patches that were put together are in the original frame already.
             original = peaks if cuts else self._preprocess.to_original(peaks, shape_PHW)[0]
             if found.bad_pixels[k]:
                 # Wings around a masked core have their centroid on it.

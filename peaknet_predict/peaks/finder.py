@@ -190,8 +190,8 @@ class PeakFinder:
         columns = GEOMETRY if pixels is None else WITH_INTENSITY
         used = self._count_words + num_panels * columns * self.max_peaks_per_panel
         with torch.cuda.stream(self._copy_stream):
-            # Of fixed size: a copy of what is used would need its size on the host. It takes 15 us
-            # for 128 panels, beside the next batch.
+            # The copy has a fixed size: copying only what is used would need its size on the host.
+            # It takes 15 us for 128 panels, beside the next batch.
             self._out_host[:used].copy_(self._out[:used], non_blocking=True)
             self._copied.record(self._copy_stream)
         self._pending = PendingTable(self, num_panels, pixels)

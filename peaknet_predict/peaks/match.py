@@ -17,8 +17,8 @@ def match_peaks(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Give each known peak at most one found peak, and each found peak at most one known.
 
-    Of all pairs within the radius on one panel the nearest is taken first, then the nearest of
-    those that are left, and so on.
+    The nearest pair within the radius on one panel is taken first, then the nearest of those that
+    are left, and so on.
 
     Parameters
     ----------

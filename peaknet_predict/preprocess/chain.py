@@ -68,7 +68,7 @@ class Preprocess(nn.Module):
     outlier_report
         Told how many outliers each event has.
     saturation_report
-        For whoever learns which of an event's pixels are bad.
+        Told which of an event's pixels are bad.
 
     Raises
     ------

@@ -45,8 +45,8 @@ class StaticMask(NamedTuple):
     values
         Counts that are bad, in every pixel.
     in_images
-        Options of a source for masks that a geometry file takes from the image files themselves:
-        whoever reads these has to apply them.
+        Options of a source, for masks that a geometry file takes from the image files: the source
+        that reads them must apply them.
     """
 
     bad: npt.NDArray[np.bool_]

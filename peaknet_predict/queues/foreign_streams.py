@@ -99,7 +99,7 @@ class ForeignStreams:
     def why_incomplete(self) -> str | None:
         """Say which ranks may have died with an earlier life of the queue, though others live.
 
-        Whoever ends the stream is alive: a rank that is the only one is not among them.
+        The producer that ends the stream is alive, so an only rank is not among them.
         """
         if not self._unheard or len(self._last) == 1:
             return None

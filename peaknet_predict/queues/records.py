@@ -64,7 +64,7 @@ class Entry:
     record
         The record.
     id, nbytes
-        Of the record.
+        The record's own.
     losses
         How many readers died, fell silent or failed while they held it.
     lost_by
@@ -115,7 +115,7 @@ def _in_place_of(record: Event | Result | ForeignItem, uid: str) -> ForeignItem:
     if identity_problem(key) is None:
         return ForeignItem([key.rank, key.idx, *parts], key.stream, _position_of(key))
     stated = [described(part, _TEXT) for part in key]
-    # Of what is neither text nor an integer, the text says not all: two may have the same.
+    # Parts that are neither text nor integers may differ and still have the same text.
     known = all(isinstance(part, str | int) for part in key)
     position = _position_of(key) if known else _position_of((*key, *parts))
     return ForeignItem([*stated, *parts], f"{uid}#refused", position)

@@ -151,7 +151,7 @@ class ImageFileSource(EventSource):
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         if frames != 1 or pixels is None or pixels.ndim != 2 or pixels.dtype.kind not in "iuf":
             raise ValueError(f"{path} is not a single 2-D image")
-        # Of a CBF file, and of a TIFF file of the same detectors.
+        # The header of a CBF file, or of a TIFF file from the same detectors.
         text = f"{header.get('_array_data.header_contents')} {header.get('imageDescription')}"
         image: Image = np.ascontiguousarray(pixels)
         if _PHOTON_COUNTER.search(text) and image.dtype.kind == "i" and image.min() < 0:

@@ -45,7 +45,7 @@ _MAX_PEAKS_PER_PANEL = 2048
 """Room in the peak finder's table; panels with more peaks work too, but slowly."""
 
 _DISTANCE_BINS = 200
-"""Of the histogram from which the median distance comes, 0.01 pixels wide."""
+"""Bins of the histogram that gives the median distance, 0.01 pixels wide."""
 
 
 @dataclass(frozen=True, slots=True)

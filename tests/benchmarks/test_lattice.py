@@ -205,7 +205,7 @@ def test_edges_are_those_of_sensors(tmp_path: Path) -> None:
     geometry = small_geometry(tmp_path)
     peaks_M3 = np.array([[0, 10, 9], [0, 10, 10.4], [0, 1, 5], [1, 10, 10.0]])
     np.testing.assert_allclose(geometry.edge_distances_px(peaks_M3), [0, 0.4, 1, 9])
-    # Of 10x20 two pixels each side leave 6x16; of 20x20 they leave 16x16.
+    # Without two pixels on each side, 10x20 becomes 6x16 and 20x20 becomes 16x16.
     assert real_shots.edge_share(geometry) == pytest.approx(1 - (2 * 6 * 16 + 16 * 16) / 800)
 
 

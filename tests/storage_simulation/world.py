@@ -44,7 +44,7 @@ class World:
     confirmed
         Events with an idx below this have been confirmed to the producer.
     log
-        What happened, for whoever looks at a failure.
+        What happened, to explain a failure.
     """
 
     def __init__(self, seed: int) -> None:

@@ -117,7 +117,7 @@ def test_regions_edges_and_panels(tmp_path: Path) -> None:
     region = "bad_a/panel = p1\nbad_a/min_fs = 2\nbad_a/max_fs = 3\nbad_a/min_ss = 7\n"
     mask = geometry(tmp_path, region + "bad_a/max_ss = 8 ; inclusive\n")
     np.testing.assert_array_equal(mask.bad, slab(np.s_[7:9, 2:4]))
-    # Of p0, x is fs - 8 and y is ss + 2; of p1, x is 8 - fs and y is -2 - ss.
+    # In p0, x is fs - 8 and y is ss + 2; in p1, x is 8 - fs and y is -2 - ss.
     region = (
         "badbeam/min_x = -2.5\nbadbeam/max_x = 1.5\nbadbeam/min_y = -3.5\nbadbeam/max_y = 3.5\n"
     )

@@ -75,7 +75,7 @@ def test_rotations_are_proper_and_uniform() -> None:
     products = rotations @ rotations.transpose(0, 2, 1)
     np.testing.assert_allclose(products, np.broadcast_to(np.eye(3), products.shape), atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(rotations), 1.0)
-    # Of a uniform rotation each entry has mean 0 and mean square 1/3, and so has each rotated axis;
+    # Each entry of a uniform rotation has mean 0 and mean square 1/3, and so has each rotated axis;
     # the rotation angle has the mean pi/2 + 2/pi.
     np.testing.assert_allclose(rotations.mean(axis=0), 0.0, atol=0.04)
     np.testing.assert_allclose((rotations**2).mean(axis=0), 1 / 3, atol=0.025)

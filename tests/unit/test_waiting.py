@@ -1,6 +1,6 @@
 """Calls that wait in the queue's process: the actor's own class, in one event loop, without Ray.
 
-Nobody looks at the clock here (the actor's tick is off) and calls wait for minutes, so that whoever
+Nobody looks at the clock here (the actor's tick is off) and calls wait for minutes, so a call that
 is not answered when the queue changes is never answered in time.
 """
 

@@ -1,8 +1,8 @@
-"""A Ray cluster that may be killed: in a process of its own, which asks the queues on request.
+"""A Ray cluster that may be killed, in a separate process that queries the queues on request.
 
-Whoever has joined a cluster dies with it, so the harness never joins one. It writes lines of JSON
-to this process, ``{"id", "ask", ...}``, and reads the answers. The queues that are made here have
-small segments, so that their spools rotate all the time.
+A process that has joined a cluster dies with it, so the harness never joins one. It writes lines of
+JSON to this process, ``{"id", "ask", ...}``, and reads the answers. The queues that are made here
+have small segments, so that their spools rotate all the time.
 """
 
 from __future__ import annotations
