@@ -88,13 +88,13 @@ def find_peaks(
     ----------
     images
         (H, W), (P, H, W) or (events, P, H, W), of any real dtype: detector counts, as they come
-        from the detector. Frames of a detector with one panel are ``frames[:, np.newaxis]``. Of a
-        masked array the masked pixels are bad.
+        from the detector. Frames of a detector with one panel are ``frames[:, np.newaxis]``. In a
+        masked array, masked pixels are bad.
     model
         The name of a network that comes with this program, or the path of a configuration, see
         `load_model`; or what `load_model` has returned, which saves loading it in each call.
     mask
-        The detector's bad pixels: an array (P, H, W), (H, W) or (P*H, W), of which everything but 0
+        The detector's bad pixels: an array (P, H, W), (H, W) or (P*H, W), in which everything but 0
         (False) is bad; or a file, as for `PeakNetModule`. Bad pixels of the images' dtype and NaN
         count in any case.
     threshold
@@ -102,7 +102,7 @@ def find_peaks(
     device
         ``auto`` takes a GPU if there is one; or ``cpu``, ``cuda``, ``cuda:1``.
     batch_size
-        Events that are computed at once. More are faster on a GPU, and take more memory.
+        Events that are computed at once. Larger batches are faster on a GPU, and take more memory.
 
     Returns
     -------
@@ -170,7 +170,7 @@ def load_model(name: str, **settings: Any) -> PeakNetModule:
         ``peaknet`` (needs ``weights``). Or the path of a configuration like those in
         ``configs/models``.
     **settings
-        Parameters of `PeakNetModule` that win over those of the configuration: ``threshold``,
+        Parameters of `PeakNetModule` that override those of the configuration: ``threshold``,
         ``mask``, ``bad_values``, ``saturation``, ``weights``, ...
 
     Raises
@@ -238,7 +238,7 @@ def _as_events(images: npt.ArrayLike) -> Sequence[npt.NDArray[Any]]:
 
 
 def _mask_bits(mask: npt.NDArray[Any], shape: tuple[int, ...]) -> Bits:
-    """Return a mask as bits, if it is one of images of this shape."""
+    """Return a mask as bits, if it fits images of this shape."""
     if mask.dtype.kind not in "biu":
         raise ValueError(f"the mask has dtype {mask.dtype}; expected integers or bool")
     bad = np.asarray(mask != 0)
@@ -286,7 +286,7 @@ def _operating_point(module: PeakNetModule, threshold: float | None) -> Iterator
 def _predict(
     module: PeakNetModule, events: list[Event], batch_size: int, device: torch.device
 ) -> list[PendingPeaks]:
-    """Run `Trainer.predict` as the command line does, without a word."""
+    """Run `Trainer.predict` as the command line does, silently."""
     if not events:
         return []
     size = min(batch_size, len(events))
@@ -308,7 +308,7 @@ def _predict(
                 devices=[device.index or 0] if on_gpu else 1,
                 # As in configs/topology.
                 precision="bf16-mixed" if on_gpu else "32-true",
-                # Within a job of SLURM or MPI, too, this is one process by itself.
+                # Even within a job of SLURM or MPI, this is a single process.
                 plugins=[LightningEnvironment()],
                 logger=False,
                 enable_progress_bar=False,

@@ -1,7 +1,7 @@
-"""What a wrong command line is told: the sentence that matters, without what surrounds it.
+"""Errors of the command line, reduced to the sentence that matters.
 
-jsonargparse reports every way in which a value could have been understood, with the value itself:
-dozens of lines, of which the innermost says what is wrong.
+jsonargparse reports every way in which a value could have been understood, and the value itself:
+dozens of lines, and only the innermost says what is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def innermost(message: str) -> str:
     """
     if not (_KEY.search(message) or _ROUND_ABOUT.search(message)):
         return message
-    above: list[tuple[int, str, bool]] = []  # indentation, name, whether of a key
+    above: list[tuple[int, str, bool]] = []  # indentation, name, whether it is a key
     deepest: list[str] = []
     place: list[tuple[int, str, bool]] = []
     for line in message.splitlines():

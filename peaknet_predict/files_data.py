@@ -30,7 +30,7 @@ HARMLESS_WARNINGS = (
     # Between Lightning and torch; nothing a user could change.
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
-"""What Lightning says of every prediction with this program, as patterns."""
+"""Patterns of Lightning's warnings that every prediction with this program causes."""
 
 _BATCHES_AHEAD = 2
 
@@ -43,7 +43,7 @@ class EventBatches(IterableDataset[EventBatch]):
     events
         Called once for each pass; returns its events.
     make_batcher
-        Called once for each pass; returns what gathers them.
+        Called once for each pass; returns the batcher that gathers them.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class FilesDataModule(L.LightningDataModule):
     The predictions are handles (`peaknet_predict.in_flight.PendingPeaks`): ``handle.result()`` has
     the ``results`` of a batch and its ``refused`` events. If the Trainer returns the predictions,
     their results have peaks, but neither pixels nor masks, which would fill the memory. A callback
-    that is to see the pixels takes them in its own ``on_predict_batch_end``.
+    that needs the pixels takes them in its own ``on_predict_batch_end``.
 
     Each of several ranks reads its share of the events, a contiguous one.
 
@@ -156,13 +156,13 @@ class FilesDataModule(L.LightningDataModule):
         return Batcher(self.batch_size, self.partial_sizes, pin_memory, self.max_event_bytes)
 
     def predict_dataloader(self) -> DataLoader[EventBatch]:
-        """Return a loader that hands on the finished batches."""
+        """Return a loader that passes on the finished batches."""
         assert self._batches is not None
         return DataLoader(self._batches, batch_size=None)
 
 
 class _Balance(L.Callback):
-    """Fetches every result, names what is refused, and sees that no event is missing.
+    """Fetches every result, names refused events, and checks that no event is missing.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ class _Balance(L.Callback):
             self._fetch(trainer)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fetch the rest, and strike the balance.
+        """Fetch the rest, and check that the counts add up.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""The refusals with which a run begins: to blame are its events, or its configuration."""
+"""Refusals at the start of a run: its events may be at fault, or its configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peaknet_predict.types import Refusal
 
 _ALIKE = 32
-"""So many bad events in a row, each for the same reason, are no accident."""
+"""This many bad events in a row, all for the same reason, are no accident."""
 
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
 
@@ -19,12 +19,12 @@ class BlamelessError(ValueError):
 
 
 class UnfitStreamError(BlamelessError):
-    """No event of the stream can be processed with this configuration; none of them is to blame.
+    """No event of the stream can be processed with this configuration; the events are not at fault.
 
     Attributes
     ----------
     refusals
-        What was held back: these events go back into the queue, not into quarantine.
+        Refusals that were held back: their events go back into the queue, not into quarantine.
     """
 
     def __init__(self, message: str, refusals: Sequence[Refusal]) -> None:
@@ -33,16 +33,16 @@ class UnfitStreamError(BlamelessError):
 
 
 class FirstRefusals:
-    """Holds back what is refused before the first event of a run can be processed.
+    """Holds back refusals until the first event of a run can be processed.
 
-    A crop of the wrong size refuses every event of a detector. Put into quarantine one by one, a
-    whole beamtime would go there; so the run ends with the first of them, and they go back. Once an
-    event has been processed, each refusal is the matter of its own event.
+    A crop of the wrong size refuses every event of a detector. A whole beamtime would end in
+    quarantine, event by event; so the run ends with the first of them, and they go back. Once an
+    event has been processed, each refusal concerns only its own event.
 
     Attributes
     ----------
     holds
-        Whether refusals are held back, because nobody knows yet what is to blame.
+        Whether refusals are held back, because it is not clear yet what is at fault.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class FirstRefusals:
         self._bad: deque[Refusal] = deque(maxlen=_ALIKE)
 
     def settle(self) -> None:
-        """Note that an event can be processed: those refused so far are to blame themselves."""
+        """Note that an event can be processed: events refused so far are at fault themselves."""
         self._processed, self.holds = True, False
 
     def hold(self, refusals: Sequence[Refusal], unfit: bool = False) -> None:
@@ -74,7 +74,7 @@ class FirstRefusals:
             self.decide()
 
     def decide(self) -> None:
-        """Decide with what there is: nothing more may come before this has been brought to an end.
+        """Decide now: nothing more may come until these events have been settled.
 
         Raises
         ------

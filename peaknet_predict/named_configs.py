@@ -21,7 +21,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(value: str) -> str:
-    """Return the path of what a command line calls its configuration.
+    """Return the path of a configuration that a command line names.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def find_config(value: str) -> str:
     Raises
     ------
     ConfigurationError
-        If it is neither; lists the names there are.
+        If it is neither; lists the available names.
     """
     shipped = {name: path for name, path in shipped_configs().items() if path.suffix == ".yaml"}
     if value in shipped:
@@ -99,7 +99,7 @@ def configs(name: str | None = None, output: str | None = None) -> None:
 
 
 def _description(path: Path) -> str:
-    """Return what the first comment of a file says, up to its first colon or full stop."""
+    """Return a file's first comment, up to its first colon or full stop."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines[1:] if lines[0].startswith("#!") else lines:

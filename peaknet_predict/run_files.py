@@ -1,7 +1,7 @@
 """``run``: the peaks of files in one command, which is `predict` with the configuration ``files``.
 
-Nothing runs here. The options become words for `predict`: what kind the files are of, which
-machine this is, how many events fit a batch, and where everything goes.
+Nothing runs here. The options become words for `predict`: the kind of files, the machine, the
+number of events in a batch, and where everything goes.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ def predict_words(
     files
         Paths and glob patterns, of files of one kind.
     output
-        Folder of everything that the run writes.
+        Folder for everything that the run writes.
     geometry
-        CrystFEL geometry whose bad regions and masks are put on every event.
+        CrystFEL geometry whose bad regions and masks apply to every event.
     threshold
         The operating point, in log odds.
     min_peaks
-        From how many peaks on an event is written.
+        Events with fewer peaks are not written.
     source
         Options of the source, by name.
     config
-        Names and paths of configurations on top of it all.
+        Names and paths of configurations that override the rest.
 
     Raises
     ------

@@ -37,9 +37,9 @@ def check_cluster(address: str, queues: list[str], namespace: str) -> Iterator[F
 
 
 def check_admission(cluster: str) -> Finding:
-    """Ask the cluster something without a token, as a stranger would, in a process of its own.
+    """Query the cluster without a token, as a stranger would, in a separate process.
 
-    What is not known is not called safe: only an answer, or a refusal for want of a token, counts.
+    Only an answer, or a refusal for lack of a token, counts; anything else is not called safe.
     """
     program = (
         "from peaknet_predict.queues.cluster import ask_without_token; "

@@ -19,7 +19,7 @@ def doctor(
     namespace: str = NAMESPACE,
     directory: str | None = None,
 ) -> int:
-    """Check installation, GPU and Ray's security, and what is named; print a line for each.
+    """Check installation, GPU, Ray's security and the given items; print a line for each.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ class Provenance:
             )
 
     def show(self) -> None:
-        """Show the operating point in the log; warn of parameters that nobody vouches for."""
+        """Log the operating point; warn of parameters whose origin is unknown."""
         if self.is_random:
             log.warning(
                 "%s has random parameters, as asked for, and so are the peaks", self._network

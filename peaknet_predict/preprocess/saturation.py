@@ -1,8 +1,8 @@
 """Saturated pixels that read like bad ones: whether an event may have lost its strongest peaks.
 
 Many detectors mark dead pixels with the largest value of their dtype. Where saturated pixels read
-the same, ``bad_values: auto`` leaves out the cores of the strongest peaks. The two differ in what
-lies around them: beside dead pixels and gaps is background, around a saturated core its peak.
+the same, ``bad_values: auto`` leaves out the cores of the strongest peaks. The two differ in their
+surroundings: background beside dead pixels and gaps, a peak around a saturated core.
 
 Shape legend: P panels, H rows and W columns of an event, K bytes of a mask as bits, S pixels of a
 sample, C components.
@@ -31,21 +31,21 @@ _BRIGHT_SHARE = 0.5
 makes a few of very many pixels bright."""
 
 _MIN_AROUND = 3
-"""Measured pixels around a core that say something."""
+"""Fewest measured pixels around a core for a decision."""
 
 _NORMAL = 1.4826
 """Standard deviation of a normal distribution in units of its median absolute deviation."""
 
 _SAMPLE = 2**14
 _CHECKED_AT_ONCE, _THEN_EVERY_S = 50, 1.0
-"""Events that are all looked at, and the time between two of those after them: labelling a large
+"""How many first events are all checked, and the seconds between two later ones: labelling a large
 event takes some 20 ms."""
 
 _EIGHT = np.ones((1, 3, 3), np.bool_)
 
 
 class SaturationReport:
-    """Says in the log when pixels left out as bad look saturated: at the first event, the tenth...
+    """Logs when pixels left out as bad look saturated: at the first event, the tenth, ...
 
     A pixel counts once: what was bad before is dead, and a peak beside it is a chance.
     """
