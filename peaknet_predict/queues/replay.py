@@ -198,9 +198,11 @@ class SpoolReader:
         content: Any = json.loads(frame.skeleton) if frame.skeleton else None
         if frame.kind is Kind.SETTLED:
             *key, quarantined = content
-            if self.unsettled.pop(EventId(*key), None) is not None:
+            settled = EventId(*key)
+            # The segment with the record itself may be gone: all in it has been settled since.
+            if self.unsettled.pop(settled, None) is not None or settled in self._lacking:
                 replay.quarantined += quarantined
-            self._lacking.discard(EventId(*key))
+            self._lacking.discard(settled)
         elif frame.kind is Kind.NOTE:
             self._take_note(content)
         elif frame.kind is Kind.BOOKS:

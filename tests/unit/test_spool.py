@@ -358,6 +358,22 @@ def test_a_queue_that_comes_back_on_a_full_disk_waits_for_room(tmp_path: Path) -
         Spool(tmp_path / "new", fs=disk)
 
 
+def test_what_was_quarantined_is_counted_after_its_segment_is_gone(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, segment_bytes=1000)
+    spool.books({"uid": "q"})
+    put(spool, event(0))
+    put(spool, *(event(i, side=20) for i in range(1, 4)))  # each begins another segment
+    for idx in range(3):
+        spool.settled(event(idx).id, quarantined=idx != 1)
+    spool.sync()
+    first, *_ = sorted(tmp_path.glob("*.spool"))
+    assert first.name != "00000001.spool", "the first segment is deleted"
+    spool.close()
+    again = Spool(tmp_path)
+    again.close()
+    assert (again.replay.accepted, again.replay.quarantined) == (4, 2)
+
+
 def test_what_a_killed_queue_left_behind_the_mark_is_written_again(tmp_path: Path) -> None:
     """It may be in the system's memory only, and the sync that failed have been the one before."""
     spool = Spool(tmp_path)
