@@ -166,6 +166,8 @@ def _serve() -> None:
     from peaknet_predict.queues.cluster import connect
     from tests.helpers.foreign import make_three_method_queue
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray prints what actors say: not among the answers
     address = connect("local")
     import ray  # which reads its security settings when it is imported
 
@@ -197,9 +199,9 @@ def _serve() -> None:
             print(f"{request}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             found = None
         with speaking:
-            print(json.dumps({"id": number, "answer": found}), flush=True)
+            print(json.dumps({"id": number, "answer": found}), file=answers, flush=True)
 
-    print(json.dumps({"address": address}), flush=True)
+    print(json.dumps({"address": address}), file=answers, flush=True)
     for line in sys.stdin:
         # Each in a thread of its own: a queue may be stopped.
         threading.Thread(target=reply, args=(json.loads(line),), daemon=True).start()
