@@ -15,24 +15,27 @@ from peaknet_predict.queues.address import QueueAddress, QueueError
 log = logging.getLogger(__name__)
 
 _OUTAGE_S = 60.0  # how long a queue may be out of reach, or restarting, before a call fails
+_GIVEN_UP_S = 5.0  # and how long after that one has failed so
 _RETRY_S = 0.5
 _ACKS_UNDER_WAY = 32  # beyond this many unanswered acknowledgements, wait for answers
 _ACK_WAIT_S = 2.0
 
 
-def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
+def call_again(
+    handle: Any, name: str, method: str, *args: Any, patience_s: float = _OUTAGE_S
+) -> Any:
     """Call a method of an actor, repeatedly while it is out of reach; return its answer.
 
     Raises
     ------
     QueueError
-        If it has been out of reach for a minute.
+        If it has been out of reach for ``patience_s`` seconds.
     ray.exceptions.RayActorError
         If it is gone.
     """
     import ray
 
-    deadline = time.monotonic() + _OUTAGE_S
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             return ray.get(getattr(handle, method).remote(*args))
@@ -40,7 +43,7 @@ def call_again(handle: Any, name: str, method: str, *args: Any) -> Any:
             # The call may have been carried out; repeating it changes nothing.
             if time.monotonic() > deadline:
                 raise QueueError(
-                    f"queue {name!r} did not answer a {method} for {_OUTAGE_S:.0f} s. Look at the "
+                    f"queue {name!r} did not answer a {method} for {patience_s:.0f} s. Look at the "
                     "network and at the Ray logs of the actor's node, then restart this run"
                 ) from error
             time.sleep(_RETRY_S)
@@ -62,6 +65,7 @@ class ActorCalls:
     def __init__(self, handle: Any, settings: QueueAddress) -> None:
         self.handle = handle
         self.settings = settings
+        self._given_up = False
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method and wait for its answer.
@@ -69,14 +73,23 @@ class ActorCalls:
         Raises
         ------
         QueueError
-            If the actor is gone, or has not answered for a minute.
+            If the actor is gone, or has not answered for a minute; after that, for some seconds:
+            a process that has given up must not wait a minute for each thing it does at its end.
         """
         import ray
 
+        patience_s = _GIVEN_UP_S if self._given_up else _OUTAGE_S
         try:
-            return call_again(self.handle, self.settings.name, method, *args)
+            answer = call_again(
+                self.handle, self.settings.name, method, *args, patience_s=patience_s
+            )
         except ray.exceptions.RayActorError as error:
             raise self.gone(error) from error
+        except QueueError:
+            self._given_up = True
+            raise
+        self._given_up = False
+        return answer
 
     def heartbeat(self, holder: str, producers: list[str]) -> None:
         """Say that a holder of leases, and producers, are alive."""
