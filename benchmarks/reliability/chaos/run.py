@@ -14,7 +14,7 @@ from benchmarks.reliability.chaos.parts import Part, WrongError
 from benchmarks.reliability.chaos.scene import Plan, Scene
 from benchmarks.reliability.chaos.verdict import Verdict
 
-_LIMIT_S = 480.0  # a run that has not ended by itself then has failed
+_LIMIT_S = 900.0  # a run that has not ended by itself then has failed
 _LOOK_S = 0.05
 _ORPHANS_S = 45.0  # what ranks may take to their end when their supervisor has been killed
 _ASK_S = 0.5  # between two questions to the queues
