@@ -124,10 +124,15 @@ def write_cxi(
         report.problem = f"{type(error).__name__}: {error}"
         raise
     finally:
+        is_there = True
         try:
             output = queue_balance(results.admin)
         except QueueError as error:
             output = {"problem": str(error)}
+            is_there = queue.spool is not None
+        if report.problem is not None and results.admin.leases and is_there:
+            # What an error has left in hand goes back, at the latest when its leases end.
+            report.given_back += max(0, report.unaccounted)
         try:
             writer.account.write_balance(report, {"output": output})
         except OSError as error:

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 
 from peaknet_predict import consume
-from peaknet_predict.consume import drain
+from peaknet_predict.consume import drain, write_cxi
 from peaknet_predict.cxi import filtered, publisher
 from peaknet_predict.cxi.account import ConsumeReport
 from peaknet_predict.cxi.file import read_ids, write_cxi_file
 from peaknet_predict.cxi.writer import CxiWriter
 from peaknet_predict.process import stopping
-from peaknet_predict.queues import QueueError
+from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.queues.state import QueueState
 from peaknet_predict.types import Event, EventId, Result
+from tests.helpers.memory_cluster import install
+from tests.helpers.memory_queue import MemoryQueue
 from tests.helpers.reader import StateReader
 
 IMAGE = np.ones((1, 24, 24), np.float32)
@@ -333,3 +335,25 @@ def test_stopped_at_once_everything_is_in_a_file_or_in_the_queue(
     report = run(tmp_path, state, "next", create=False)
     assert in_files(tmp_path) == list(range(100))
     assert balance(tmp_path)["taken"] == 100
+
+
+@pytest.mark.parametrize(("spool", "given_back"), [("spool", 3), (None, 0)])
+def test_what_a_writer_holds_when_its_queue_goes_counts_as_given_back_if_the_queue_can_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spool: str | None, given_back: int
+) -> None:
+    queue = install(monkeypatch).queues["out"] = MemoryQueue("results", "out")
+    producer = queue.connect().producer
+    producer.open("p")
+    producer.put("p", results(0, 3))
+
+    def add(writer: CxiWriter, result: Result) -> list[EventId]:
+        queue.die()
+        return []
+
+    monkeypatch.setattr(CxiWriter, "add", add)
+    with pytest.raises(QueueError):
+        write_cxi(QueueAddress("out", spool=spool), str(tmp_path))
+    balance = json.loads((tmp_path / "peaks_balance.json").read_text())
+    files = balance["stages"]["files"]
+    assert (files["taken"], files["given_back"]) == (3, given_back)
+    assert "QueueError" in files["problem"]

@@ -78,13 +78,13 @@ class Records:
         written = filtered = 0
         for run, record in runs.items():
             together = record["stages"].get("files")
-            if together is None or not _all_accounted(together):
+            if together is None or not self._adds_up(together):
                 found.append(f"run {run} of the writers does not add up: {together}")
                 continue
             written += together["cxi"]["written"]
             filtered += together["cxi"]["filtered"]
             for name, one in record["writers"].items():
-                if one is not None and not _all_accounted(one):
+                if one is not None and not self._adds_up(one):
                     found.append(f"writer {name} does not add up: {one}")
                 writers[name] = writers.get(name) or one
         # Where a queue was lost, its run has no balance if all of its writers were killed, too.
@@ -93,6 +93,10 @@ class Records:
         if self._scene.plan.kind == "foreign":
             return found  # such a queue does not name its readers
         return found + self._of_each_writer(writers)
+
+    def _adds_up(self, report: Mapping[str, Any]) -> bool:
+        # What a writer had in hand when its queue was lost was lost with it.
+        return _all_accounted(report) or (self._lost == "out" and report["problem"] is not None)
 
     def _of_each_writer(self, writers: Mapping[str, Any]) -> list[str]:
         """Compare the writers' own balances, null for one that was killed, with their ends."""
