@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from peaknet_predict.photon_energy import explain_implausible, is_plausible
+from peaknet_predict.pixels import bits_problem
 from peaknet_predict.types import Event, EventBatch, Image, Refusal, Result
 
 MAX_EVENT_BYTES = 512 * 2**20
@@ -69,12 +70,7 @@ def check_image(event: Event, max_bytes: int = MAX_EVENT_BYTES) -> str | None:
         return f"image has dtype {image.dtype}; expected integers or floating point"
     if image.dtype.newbyteorder("=") not in _TORCH_DTYPES:
         return f"image has dtype {image.dtype}, which torch cannot hold"
-    if event.bad_bits is not None and len(event.bad_bits) != -(-image.size // 8):
-        return (
-            f"its mask has {len(event.bad_bits)} bytes; an image of {image.size} pixels needs "
-            f"{-(-image.size // 8)}"
-        )
-    return None
+    return None if event.bad_bits is None else bits_problem(event.bad_bits, image.shape)
 
 
 def _check_photon_energy(value: Any) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peaknet_predict import __version__
 from peaknet_predict.process.balance import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_SURVIVED
+from peaknet_predict.process.text import printable
 from peaknet_predict.usage import FIT, PREDICT, USAGE
 
 if TYPE_CHECKING:  # everything else is imported when it is needed: help is shown at once
@@ -211,12 +212,19 @@ def _instantiated(parser: ArgumentParser, args: list[str]) -> dict[str, Any]:
     return settings
 
 
+class _OneLine(logging.Formatter):
+    """Shows a message on one line: names of files and queues must not forge lines of their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def _set_up_logging() -> None:
     """Show our own log on standard error, with the time; leave other libraries as they are."""
     if log.handlers:
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

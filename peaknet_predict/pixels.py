@@ -90,6 +90,18 @@ def unpack_mask(bits: Bits, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     return flat.view(np.bool_).reshape(shape)
 
 
+def bits_problem(bits: Any, shape: tuple[int, ...]) -> str | None:
+    """Say why something is no mask of a shape as `pack_mask` makes it; None if it is one."""
+    pixels = int(np.prod(shape))
+    if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8 or bits.ndim != 1:
+        return "its mask is not an array of bytes, with a bit for each pixel"
+    if len(bits) != -(-pixels // 8):
+        return (
+            f"its mask has {len(bits)} bytes; an image of {pixels} pixels needs {-(-pixels // 8)}"
+        )
+    return None
+
+
 def split_masked(image: Any) -> tuple[Any, Bits | None]:
     """Split a masked array into its pixels, as they are under the mask, and the mask as bits.
 

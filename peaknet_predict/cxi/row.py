@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from peaknet_predict.cxi.integrate import integrate_peaks
 from peaknet_predict.photon_energy import explain_implausible, is_plausible
+from peaknet_predict.pixels import bits_problem
 from peaknet_predict.types import EventId, Image, Result, identity_problem
 
 _INT64 = np.iinfo(np.int64)
@@ -106,10 +107,18 @@ def _make_row(result: Result, max_peaks: int) -> CxiRow:
     if energy > 0 and not is_plausible(energy):
         raise ValueError(explain_implausible(energy))
     _check_provenance(result.provenance)
+    if result.bad_bits is not None and result.bad_bits.size:  # empty: no pixel is bad
+        problem = bits_problem(result.bad_bits, image.shape)
+        if problem is not None:
+            raise ValueError(problem)
     bad = result.bad_mask()
+    if result.peaks.dtype.kind not in "iuf":
+        raise ValueError(f"its peaks are of dtype {result.peaks.dtype}, not real numbers")
     intensities = integrate_peaks(image, result.peaks, bad, result.saturation)
     height, width = image.shape[-2:]
     panel, y, x = result.peaks.T
+    if (panel != np.rint(panel)).any():
+        raise ValueError(f"a peak is in panel {panel[panel != np.rint(panel)][0]}, which is none")
     # Strongest first: a reader with shorter lists than ours keeps the best ones.
     order = np.argsort(-intensities.total, kind="stable")[:max_peaks]
     table = np.stack(

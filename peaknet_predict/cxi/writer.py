@@ -97,7 +97,7 @@ class CxiWriter:
         owner: str | None = None,
         still_ours: Callable[[Collection[EventId]], Collection[EventId]] = lambda ids: ids,
     ) -> None:
-        if not re.fullmatch(r"[^./\0][^/\0]*", prefix):
+        if not re.fullmatch(r"[^./][^/]*", prefix) or not prefix.isprintable():
             raise ValueError(f"{prefix!r} is not a file name to start with")
         if min(events_per_file, max_peaks, max_file_bytes) < 1 or min_peaks < 0:
             raise ValueError("only min_peaks may be 0; the other numbers start at 1")

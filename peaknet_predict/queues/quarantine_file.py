@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from peaknet_predict.queues.wire import Opaque, described, printable
+from peaknet_predict.process.text import printable
+from peaknet_predict.queues.wire import Opaque, described
 from peaknet_predict.types import Event, Result
 
 _TEXT = 10_000  # characters kept of an object that is no array

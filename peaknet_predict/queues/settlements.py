@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from peaknet_predict.process.text import printable
 from peaknet_predict.queues.journal import Journal
 from peaknet_predict.queues.ready import ReadyLines
 from peaknet_predict.queues.records import Entry
-from peaknet_predict.queues.wire import printable
 from peaknet_predict.types import EventId
 
 _REASONS_KEPT = 100

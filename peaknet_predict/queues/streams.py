@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from peaknet_predict.keys import KeySet
+from peaknet_predict.process.text import printable
 from peaknet_predict.queues.foreign_streams import FOREIGN, ForeignStreams
 from peaknet_predict.queues.groups import ConsumerGroups
 from peaknet_predict.queues.journal import Journal
-from peaknet_predict.queues.wire import printable
 
 
 class StreamBook:

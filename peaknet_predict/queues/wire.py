@@ -17,6 +17,7 @@ import numpy as np
 
 from peaknet_predict.pixels import unpack_mask
 from peaknet_predict.process.stopping import uninterrupted
+from peaknet_predict.process.text import printable
 from peaknet_predict.types import Event, EventId, Refusal, Result, identity_problem
 
 
@@ -191,11 +192,3 @@ def described(value: Any, length: int) -> str:
         except BaseException as error:
             text = f"(its repr fails: {type(error).__name__})"
     return printable(f"{type(value).__name__} {text}"[:length])[:length]
-
-
-def printable(text: str) -> str:
-    """Return a text on one line, with everything escaped that could harm a terminal or a file.
-
-    Escaped are line breaks and other control characters, NUL, and halves of surrogate pairs.
-    """
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)

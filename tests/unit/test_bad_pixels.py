@@ -181,6 +181,9 @@ def test_a_mask_of_another_size_is_refused() -> None:
     event = Event(EventId("s", 0, 0), np.zeros((2, 3, 4), np.uint16), 9500.0)
     event.bad_bits = pack_mask(np.zeros((2, 3, 5), np.bool_))
     assert check_event(event) == "its mask has 4 bytes; an image of 24 pixels needs 3"
+    for strange in (np.zeros(3, np.float32), np.zeros((3, 1), np.uint8), "mask"):
+        event.bad_bits = strange  # type: ignore[assignment]
+        assert check_event(event) == "its mask is not an array of bytes, with a bit for each pixel"
 
 
 def test_the_mask_is_a_setting(tmp_path: Path) -> None:

@@ -325,6 +325,17 @@ def test_events_that_cannot_be_written_are_refused_alone(tmp_path: Path) -> None
             writer.add(outside)
         with pytest.raises(ValueError, match="complex"):
             writer.add(make_result(2, dtype=np.complex64))
+        imaginary, between, too_short = (make_result(2) for _ in range(3))
+        imaginary.peaks = imaginary.peaks.astype(np.complex128)
+        between.peaks[0, 0] = 0.5
+        too_short.bad_bits = np.zeros(3, np.uint8)
+        for strange, why in (
+            (imaginary, "its peaks are of dtype complex128"),
+            (between, "a peak is in panel 0.5"),
+            (too_short, "its mask has 3 bytes"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                writer.add(strange)
         with pytest.raises(ValueError, match="shape"):
             writer.add(make_result(3, (0, 24, 32), num_peaks=0))
         writer.add(make_result(4))
