@@ -10,9 +10,14 @@ unexport PYTHONDONTWRITEBYTECODE
 UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 OTHERS := tests/ray tests/system tests/gpu
 
-.PHONY: demo check test lint docs linkcheck test-slow test-gpu test-benchmarks coverage clean
+.PHONY: install demo check test lint docs linkcheck test-slow test-gpu test-benchmarks coverage clean
+
+# Then: source .venv/bin/activate
+install: .venv/installed
+	@echo "Installed. Next: source .venv/bin/activate, then peaknet-predict --help"
 
 demo: .venv/installed
+	@echo "The demo: 40 simulated shots through the network, into demo_output/; about a minute on two cores."
 	$(BIN)/peaknet-predict predict -c demo
 
 # Before each commit: a tenth of the examples of each property, and no test marked `thorough`.
@@ -58,11 +63,14 @@ coverage: .venv/installed
 	$(BIN)/coverage report --skip-covered
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "1 of 3: a virtual environment in .venv, with $(PYTHON); seconds."
 	$(PYTHON) -m venv .venv
 	# torch first and by its exact version: a range would take the newest release there is. Where a
 	# CPU build of that version is at hand, pip takes it; otherwise the CUDA build, which works too.
-	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo "2 of 3: torch, the largest part: 200 MB without CUDA, 3 GB with it; minutes."
+	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@echo "3 of 3: everything else, some 80 packages; two or three minutes."
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
 .venv/docs: .venv/installed
