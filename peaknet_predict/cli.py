@@ -43,6 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "fit": lambda rest: _fit(None if args is None else ["fit", *rest]),
         "export": _export,
         "configs": _configs,
+        "completion": _completion,
         "doctor": _doctor,
     }
     if not words or words[0] in ("-h", "--help"):
@@ -59,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(brief)
         return 0
     answers = {"-h", "--help", "--help-all", "--print_config"}
-    if words[0] != "configs" and not answers & set(words):
+    if words[0] not in ("configs", "completion") and not answers & set(words):
         log.info("peaknet-predict %s: %s", __version__, words[0])
     try:
         return commands[words[0]](words[1:])
@@ -101,12 +102,18 @@ def run() -> None:
     sys.exit(main())
 
 
-def _run_files(args: list[str]) -> int:
-    from peaknet_predict.run_files import add_run_options, predict_words
+def _run_parser() -> ArgumentParser:
+    from peaknet_predict.run_files import add_run_options
 
     parser = _parser("run", "Find the peaks of files and write CXI files, on this machine.")
     add_run_options(parser)
-    words = predict_words(**_instantiated(parser, args))
+    return parser
+
+
+def _run_files(args: list[str]) -> int:
+    from peaknet_predict.run_files import predict_words
+
+    words = predict_words(**_instantiated(_run_parser(), args))
     log.info("the same as: peaknet-predict %s", shlex.join(words))
     return _predict(words)
 
@@ -140,31 +147,49 @@ def _trainer_errors() -> Iterator[None]:
         ) from error
 
 
-def _export(args: list[str]) -> int:
+def _export_parser() -> ArgumentParser:
     from peaknet_predict.training.export import export_weights
 
     parser = _parser("export", "Write the network of a checkpoint as a weight file for predict.")
     parser.add_function_arguments(export_weights)
-    export_weights(**_configured(parser, args))
+    return parser
+
+
+def _export(args: list[str]) -> int:
+    from peaknet_predict.training.export import export_weights
+
+    export_weights(**_configured(_export_parser(), args))
     return 0
+
+
+def _feed_parser() -> ArgumentParser:
+    from peaknet_predict.feed import feed
+
+    parser = _parser("feed", "Push events into an input queue and mark the end of the stream.")
+    parser.add_function_arguments(feed)
+    return parser
 
 
 def _feed(args: list[str]) -> int:
     from peaknet_predict.feed import feed
 
-    parser = _parser("feed", "Push events into an input queue and mark the end of the stream.")
-    parser.add_function_arguments(feed)
-    report = feed(**_configured(parser, args))
+    report = feed(**_configured(_feed_parser(), args))
     log.info("%s%s", report, "; interrupted" if report.interrupted else "")
     return EXIT_INCOMPLETE if report.interrupted else 0
+
+
+def _write_cxi_parser() -> ArgumentParser:
+    from peaknet_predict.consume import write_cxi
+
+    parser = _parser("write-cxi", "Write results from an output queue to CXI files.")
+    parser.add_function_arguments(write_cxi)
+    return parser
 
 
 def _write_cxi(args: list[str]) -> int:
     from peaknet_predict.consume import write_cxi
 
-    parser = _parser("write-cxi", "Write results from an output queue to CXI files.")
-    parser.add_function_arguments(write_cxi)
-    report = write_cxi(**_configured(parser, args))
+    report = write_cxi(**_configured(_write_cxi_parser(), args))
     log.info("%s%s", report, "; interrupted" if report.interrupted else "")
     for producer, reason in report.failures.items():
         log.error("the stream is incomplete: %s ended early (%s)", producer, reason)
@@ -172,22 +197,50 @@ def _write_cxi(args: list[str]) -> int:
     return 0 if whole else EXIT_INCOMPLETE
 
 
-def _configs(args: list[str]) -> int:
-    from peaknet_predict.named_configs import configs
-
+def _configs_parser() -> ArgumentParser:
     parser = _parser("configs", "List the configurations that ship, show one, or copy it.")
     parser.add_argument("name", nargs="?", help="the one to show or to copy")
     parser.add_argument("-o", "--output", metavar="FILE", help="copy it there")
-    configs(**_instantiated(parser, args))
+    return parser
+
+
+def _configs(args: list[str]) -> int:
+    from peaknet_predict.named_configs import configs
+
+    configs(**_instantiated(_configs_parser(), args))
     return 0
+
+
+def _doctor_parser() -> ArgumentParser:
+    from peaknet_predict.doctor import doctor
+
+    parser = _parser("doctor", "Check what a run needs, and say what to do about what is found.")
+    parser.add_function_arguments(doctor)
+    return parser
 
 
 def _doctor(args: list[str]) -> int:
     from peaknet_predict.doctor import doctor
 
-    parser = _parser("doctor", "Check what a run needs, and say what to do about what is found.")
-    parser.add_function_arguments(doctor)
-    return EXIT_FAILED if doctor(**_configured(parser, args)) else 0
+    return EXIT_FAILED if doctor(**_configured(_doctor_parser(), args)) else 0
+
+
+def _completion(args: list[str]) -> int:
+    from peaknet_predict.completion import completion
+
+    parser = _parser("completion", "Print the script that completes commands in the shell.")
+    parser.add_argument("shell", help="bash, zsh, tcsh or fish")
+    makers = {
+        "run": _run_parser,
+        "feed": _feed_parser,
+        "write-cxi": _write_cxi_parser,
+        "export": _export_parser,
+        "configs": _configs_parser,
+        "doctor": _doctor_parser,
+    }
+    shell = _instantiated(parser, args)["shell"]
+    print(completion(shell, makers, {"predict": PREDICT, "fit": FIT}))
+    return 0
 
 
 def _parser(command: str, description: str) -> ArgumentParser:

@@ -17,6 +17,7 @@ usage: peaknet-predict COMMAND [options]     (COMMAND --help shows a command's o
   fit         train a network, on simulated shots or on files with known peaks
   export      write a checkpoint's network as a weight file for predict
   configs     list the configurations that ship, or copy one
+  completion  print the script that completes commands in the shell
   doctor      check installation, GPU, Ray and a configuration, and say what to do
 
 exit codes: 0 done, every event accounted for; 1 could not do it, the log's last line says why;

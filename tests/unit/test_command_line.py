@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,33 @@ def test_a_sentence_stays_and_alternatives_are_all_named() -> None:
   Given value type: <class 'list'>
   Given value: [1]"""
     assert innermost(tree) == "a: Expected a <class 'int'>; Expected a <class 'float'>"
+
+
+_COMPLETE = """
+source "$1"; shift
+function=$(complete -p peaknet-predict | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+$function peaknet-predict "${@: -1}" "${@: -2:1}"
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_the_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str], said: Any) -> None:
+    assert main(["completion", "bash"]) == 0
+    (script := tmp_path / "script").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        typed = ["bash", "-c", _COMPLETE, "bash", str(script), "peaknet-predict", *words]
+        ran = subprocess.run(typed, capture_output=True, text=True, check=True)
+        return ran.stdout.split()
+
+    assert completed("wr") == ["write-cxi"]
+    assert completed("predict", "--output.d") == ["--output.directory"]
+    assert completed("predict", "-c", "topology/c") == ["topology/cpu"]
+    assert completed("run", "--geo") == ["--geometry"]
+    assert completed("feed", "--rate") == ["--rate_hz"]
+    assert main(["completion", "ksh"]) == 2
+    assert "there is bash, zsh" in said.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
