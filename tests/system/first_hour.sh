@@ -48,7 +48,7 @@ grep -q 'nothing left over' said
 if grep -qi 'warning\|nan ' said; then exit 1; fi
 
 step "my files, and my network"
-python - <<'EOF'
+python -P - <<'EOF'
 import h5py, numpy as np
 from peaknet_predict.sources import Simulator
 events = list(Simulator(num_events=4, panels=1, height=160, width=192, seed=5, hit_fraction=1.0).events())
@@ -57,6 +57,6 @@ with h5py.File("run42.h5", "w") as file:
     file["/LCLS/photon_energy_eV"] = [energy for _, _, energy in events]
 EOF
 peaknet-predict run run42.h5 -o peaks --min-peaks 1
-python -c "import h5py, glob; assert sum(len(h5py.File(p)['/entry_1/data_1/data']) for p in glob.glob('peaks/*.cxi')) > 0"
+python -P -c "import h5py, glob; assert sum(len(h5py.File(p)['/entry_1/data_1/data']) for p in glob.glob('peaks/*.cxi')) > 0"
 peaknet-predict predict -c files -c models/snr --model.init_args.net my_net.Net --print_config | grep -q 'my_net.Net'
 step "all is well"
