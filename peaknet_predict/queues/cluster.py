@@ -306,7 +306,8 @@ def _check_answers(address: str, found: FoundCluster | None) -> None:
     if found is not None:
         raise ClusterError(
             f"the Ray cluster at {found}, is dead: its head does not answer ({why}). End what is "
-            "left of it with `ray stop`, and start one with `ray start --head`"
+            "left of it (`ray stop` ends every Ray of yours on this machine, those of runs too), "
+            "and start one with `ray start --head`"
         )
     raise ClusterError(
         f"nothing answers at {address} ({why}). Check host and port (`ray status` on the head node "

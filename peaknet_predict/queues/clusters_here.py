@@ -79,7 +79,7 @@ def cluster_of_mine(clusters: Iterable[FoundCluster]) -> FoundCluster:
         raise NoClusterError(f"{several}. Name one as host:port, or in RAY_ADDRESS")
     why = "no Ray cluster of yours runs on this machine"
     if standing:
-        why = f"the Ray cluster {_listed(standing)}, is suspended and answers nobody"
+        why = f"the Ray cluster at {_listed(standing)}, is suspended and answers nobody"
     if embedded := [one for one in found if one.mine and one.embedded]:
         why += f"; a run's own, which ends with it, is at {_listed(embedded)}"
     if others := [one for one in found if not one.mine]:
