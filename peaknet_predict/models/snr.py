@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peaknet_predict.models.background import Window, box_sum
+from peaknet_predict.models.background import Sides, Window, box_sum, clip
 
 _NEVER = -100.0
 """Logit of pixels that cannot be a peak; finite, so that a softmax stays so."""
@@ -40,8 +40,8 @@ _BLOCK = 16
 """Pixels along each edge of the blocks over which the step of the counts is estimated, and between
 the pixels that stand for the panel."""
 
-_MIN_LINE_PIXELS = 8
-"""Background pixels below which a row or column is ignored."""
+_MIN_SIDE_PIXELS = 5
+"""Background pixels below which a side of a row or column is ignored."""
 
 
 _CPU_PANELS = 4
@@ -55,7 +55,10 @@ class LocalSnr(nn.Module):
     and of its column, without the pixels next to it; the highest mean and the largest standard
     deviation of the three count. So a line or an edge of higher counts along an axis (double-width
     pixels, borders of an ASIC) is background to the pixels on it. Each is computed twice, the
-    second time with outliers of the first clipped, so that peaks do not hide one another.
+    second time with outliers of the first clipped, so that peaks do not hide one another. What is
+    an outlier on a row or column is judged by the side of a pixel that has less: of two strong
+    peaks on it, neither hides the other. A peak with others within `line_radius` on both sides may
+    be hidden, and so may one below some 15 sigmas by another.
 
     A pixel is a seed if it exceeds its background by `threshold` sigmas and its eight neighbours
     together are significant too (`min_support`), which a hot pixel's are not. Pixels above
@@ -174,13 +177,9 @@ class LocalSnr(nn.Module):
         """Return mean and sigma of each pixel's background, and where they are reliable."""
         guard, floor = self.guard_radius, self.noise_floor
         box = Window(weight, self.box_radius, self.box_radius, guard, self.min_background_pixels)
-        lines = [
-            Window(weight, 0, self.line_radius, guard, _MIN_LINE_PIXELS),
-            Window(weight, self.line_radius, 0, guard, _MIN_LINE_PIXELS),
-        ]
+        lines = [Sides(weight, dim, guard, self.line_radius, _MIN_SIDE_PIXELS) for dim in (3, 2)]
         # First pass: the bounds beyond which a pixel is an outlier. A bright pixel may hide behind
-        # another one of its box, but hardly on its row and column as well. A line, though, must not
-        # be clipped to what lies beside it.
+        # another one of its box, but hardly on its row and column as well.
         box_mean, box_sigma = box.mean_and_sigma(x, floor)
         typical = _panel_median(
             box_sigma[..., ::_BLOCK, ::_BLOCK], box.usable[..., ::_BLOCK, ::_BLOCK]
@@ -188,10 +187,11 @@ class LocalSnr(nn.Module):
         clipped = box.clip(x, box_mean, box_sigma, _CLIP)
         line_values = []
         for line in lines:
-            mean, sigma = line.mean_and_sigma(x, floor)
+            mean, sigma = line.lower(x, floor)
             # A line without a single photon must not make outliers of all photons.
-            clipped = line.clip(clipped, mean, torch.maximum(sigma, typical), _CLIP)
-            line_values.append(line.clip(x, mean, sigma, _CLIP))
+            reach = _CLIP * torch.maximum(sigma, typical)
+            clipped = clip(clipped, mean, reach, line.usable) * weight
+            line_values.append(clip(x, mean, reach, line.usable) * weight)
 
         # Second pass.
         mean, sigma = box.mean_and_sigma(clipped, floor)

@@ -99,6 +99,29 @@ def test_scale_and_offset_do_not_matter() -> None:
     torch.testing.assert_close(plain, moved, rtol=2e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("height", [60, 300, 10_000])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_two_equal_peaks_on_a_row_or_column_do_not_hide_each_other(
+    height: float, axis: int
+) -> None:
+    """At distances at which each lies in the other's background, and their pixels do not touch."""
+    rng = np.random.default_rng(11)
+    y, x = np.mgrid[-5:6, -5:6]
+    profile = height * np.exp(-(y**2 + x**2) / 2.4)
+    distances = np.arange(8, 14)
+    image_PHW = rng.poisson(5.0, (len(distances), 40, 48))
+    for image_HW, distance in zip(image_PHW, distances, strict=True):
+        for step in (0, distance):
+            image_HW[10:21, 10 + step : 21 + step] += rng.poisson(profile)
+    if axis == 1:
+        image_PHW = np.ascontiguousarray(image_PHW.transpose(0, 2, 1))
+    table = find(image_PHW)
+    planted = np.stack([np.full(len(distances), 15), 15 + distances], 1)
+    assert np.bincount(table.panel).tolist() == [2] * len(distances)
+    along = table.y if axis == 1 else table.x
+    np.testing.assert_allclose(np.sort(along.reshape(-1, 2)), planted, atol=0.7)
+
+
 def test_hot_pixels_are_not_peaks() -> None:
     rng = np.random.default_rng(4)
     image_PHW = rng.normal(size=(4, 512, 512))
