@@ -31,6 +31,7 @@ class Counts(NamedTuple):
 
 
 _REFUSALS_SHOWN = 20  # log lines; more are only counted, or a broken producer would flood the log
+_MANY = 32  # events, among which a peak is to be expected
 _LATENCIES_KEPT = 10_000
 
 
@@ -179,6 +180,11 @@ class Ledger:
             f" + {back} {self.left}" if self.left else "",
             self.peaks,
         )
+        if self.predicted >= _MANY and not self.peaks:
+            log.warning(
+                "no peak in any of %d events: do weights, threshold and preprocessing fit them?",
+                self.predicted,
+            )
         if self._rank > 0:
             return
         for name, queue in self._queues().items():

@@ -24,6 +24,8 @@ from peaknet_predict.slots import CpuSlot, Found, GpuSlot, Slot
 from peaknet_predict.types import Event, EventBatch, PeakBatch, Peaks, Refusal, Result
 
 _OVERFLOWED = "the network's logits are NaN or infinite"
+_FLOODED = "the network calls nearly all of its pixels peak"
+_FLOOD = 0.97  # of an event's pixels; Bragg peaks cover a few in a hundred, at most
 _BLIND = "no pixel of the image is finite"
 _NO_BITS: Bits = np.empty(0, np.uint8)
 
@@ -75,7 +77,7 @@ class PendingPeaks:
         Raises
         ------
         NetworkOutputError
-            If the network has given nothing but NaN or infinite logits so far.
+            If the network has given no sound logits so far: NaN, infinite, or peak everywhere.
         UnfitStreamError
             If every event so far is refused the same way.
         """
@@ -121,7 +123,7 @@ class Ring:
     ) -> None:
         self._forward, self._preprocess, self._first = forward, preprocess, first
         self._provenance = provenance
-        self._were_finite, self._num_overflowed = False, 0
+        self._were_sound, self._num_unsound = False, 0
         # In the order in which they are used again.
         self._slots: deque[tuple[Slot, PendingPeaks | None]] = deque(
             (GpuSlot(device) if device.type == "cuda" else CpuSlot(), None) for _ in range(size)
@@ -155,6 +157,8 @@ class Ring:
         cuts = self._preprocess.cuts
         found_panels = panels if cuts else self._preprocess.output_shape(shape_PHW)[0]
         peaks_of_events = found.table.split(found_panels, len(events))
+        event_M = found.table.panel // found_panels
+        peak_pixels = np.bincount(event_M, found.table.num_pixels, minlength=len(events))
         collected = PeakBatch([])
         blind: list[Refusal] = []
         last: Bits | None = None
@@ -165,7 +169,10 @@ class Ring:
             if found.bad_pixels[k] >= event.image.size:
                 blind.append(Refusal(event.id, _BLIND))
                 continue
-            # Peaks of patches that were put together are in the original frame already.
+            if peak_pixels[k] > _FLOOD * (event.image.size - found.bad_pixels[k]):
+                collected.refused.append(Refusal(event.id, _FLOODED))
+                continue
+            # Of patches put together, peaks are found in the original frame.
             original = peaks if cuts else self._preprocess.to_original(peaks, shape_PHW)[0]
             if found.bad_pixels[k]:
                 # Wings around a masked core have their centroid on it.
@@ -193,7 +200,7 @@ class Ring:
                     event.taken_at,
                 )
             )
-        self._check_finite(collected)
+        self._check_sound(collected)
         collected.refused += blind  # no fault of the network's
         return collected
 
@@ -201,15 +208,15 @@ class Ring:
         dtype = event.image.dtype.newbyteorder("=")
         return self._preprocess.validity.marks(torch.from_numpy(np.empty(0, dtype)).dtype)
 
-    def _check_finite(self, collected: PeakBatch) -> None:
-        """Raise if all events so far overflowed: it is the network's fault, not the events'."""
-        self._were_finite |= bool(collected.results)
-        self._num_overflowed += len(collected.refused)
-        if self._num_overflowed > 1 and not self._were_finite:
+    def _check_sound(self, collected: PeakBatch) -> None:
+        """Raise if no event so far has sound logits: it is the network's fault, not the events'."""
+        self._were_sound |= bool(collected.results)
+        self._num_unsound += len(collected.refused)
+        if collected.refused and self._num_unsound > 1 and not self._were_sound:
             raise NetworkOutputError(
-                f"{_OVERFLOWED}, for each of the first {self._num_overflowed} events: are these "
-                "the weights for this network and preprocessing, and can it compute in this "
-                "precision (trainer.precision)?"
+                f"{collected.refused[-1].reason}, for each of the first {self._num_unsound} "
+                "events: are these the weights for this network and preprocessing, is class 0 "
+                "background, and do threshold and trainer.precision suit it?"
             )
 
 

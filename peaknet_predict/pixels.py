@@ -71,10 +71,20 @@ def find_masked(
 
     A pixel is bad if it has any bit of ``bad``, or lacks one of ``good``. Without either any value
     but 0 is bad, as in CXI and NeXus.
+
+    Raises
+    ------
+    ValueError
+        If ``good`` and ``bad`` leave no bit to look at.
     """
     if good is None and bad is None:
         return np.asarray(values != 0)
     good, bad = good or 0, bad or 0
+    if good == bad == 0:
+        raise ValueError(
+            "mask_good and mask_bad are 0, so that no bit of the mask means anything: give the "
+            "bits of good or of bad pixels, or go without a mask"
+        )
     values = values.astype(np.int64, copy=False)
     return np.asarray(((values & bad) != 0) | ((values & good) != good))
 

@@ -51,7 +51,12 @@ def read_mask(name: str, good: int | None = None, bad: int | None = None) -> Sta
         if good is None and bad is None:
             _check_meaning(values, name)
         mask = StaticMask(find_masked(values, good, bad))
-    log.info("mask %s: %d of %d pixels are bad", name, np.count_nonzero(mask.bad), mask.bad.size)
+    num_bad = int(np.count_nonzero(mask.bad))
+    log.log(
+        logging.WARNING if num_bad > MAX_BAD * mask.bad.size else logging.INFO,
+        "mask %s: %d of %d pixels are bad",
+        *(name, num_bad, mask.bad.size),
+    )
     return mask
 
 

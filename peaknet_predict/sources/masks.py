@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from peaknet_predict.pixels import MAX_BAD, find_masked
+
+logger = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]
 """True where a pixel is bad, of the shape of an image."""
@@ -39,4 +42,9 @@ class Bits(NamedTuple):
                 f"{where} has {number} of {bad.size} pixels that are not 0, which usually marks "
                 "bad ones. If its 1 marks good pixels, set mask_good: 1 and mask_bad: 0; if they "
                 "are bad, set mask_bad: 0xffffffff; to go without it, set mask: none"
+            )
+        if number > MAX_BAD * bad.size:
+            logger.warning(
+                "%s leaves out %d of %d pixels: are mask_good and mask_bad its bits?",
+                *(where, number, bad.size),
             )

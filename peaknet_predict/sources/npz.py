@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 ENERGY_KEY = "photon_energy"
 """Name of the array with the photon energy."""
 
+MAX_PANELS = 256
+"""Panels of the largest detectors, twice over."""
+
 MASK_KEY = "mask"
 """Name of the array that marks bad pixels."""
 
@@ -161,6 +164,12 @@ class NpzSource(EventSource):
         first = self._files[0]
         self._read_mask(first)
         *panels, slow, fast = first.shape[self._stacked :]
+        if panels and panels[0] > MAX_PANELS:
+            logger.warning(
+                "%s: %s is taken for %d panels of %dx%d. If its last axis counts the panels, "
+                "transpose it first: (panels, slow, fast)",
+                *(first.path, self._key, panels[0], slow, fast),
+            )
         logger.info(
             "%s and %d more: events %d in %s (panels %d, slow %d, fast %d; %s); %s",
             first.path,

@@ -54,6 +54,22 @@ def energies(source: Hdf5Source) -> list[float]:
 # Several datasets
 
 
+def test_paths_that_lead_in_a_circle_are_followed_once(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "circle.h5", "w") as h5:
+        entry = h5.create_group("entry")
+        entry.attrs["NX_class"] = "NXentry"
+        h5.attrs["default"] = entry.attrs["default"] = "/entry"
+        entry["top"] = h5["/"]
+        for name, target in (("self", "/entry"), ("a", "/entry/b"), ("b", "/entry/a")):
+            entry[name] = h5py.SoftLink(target)
+        entry["x"] = h5py.ExternalLink("circle.h5", "/entry/x")
+        entry["counts"] = np.ones(3)
+    with pytest.raises(ValueError, match=r"no frames at a usual place.*\n.*\n  /entry/b -> "):
+        Hdf5Source(str(tmp_path / "circle.h5"), photon_energy_ev=9500.0)
+    with pytest.raises(ValueError, match="leads in a circle"):
+        Hdf5Source(str(tmp_path / "circle.h5"), data="/entry/a", photon_energy_ev=9500.0)
+
+
 def test_a_list_of_datasets_needs_a_word_on_how_they_belong_together(write: Write) -> None:
     a, b = frames(3, 4, 8), frames(3, 4, 8) + 1
     path = write({"a": a, "b": b, "c": b[:2]})

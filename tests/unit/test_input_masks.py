@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from peaknet_predict.batching import Batcher
@@ -136,6 +136,7 @@ def test_masks_of_panels_in_their_own_datasets(tmp_path: Path) -> None:
 def test_bits_mean_what_they_mean_to_crystfel(values: list[int], good: int, bad: int) -> None:
     import tempfile
 
+    assume(good or bad)
     mask = np.array(values, "u2").reshape(4, 8)
     expected = ((mask & bad) != 0) | ((mask & good) != good)
     images = frames(1, 4, 8)
@@ -157,6 +158,38 @@ def test_a_mask_with_1_for_good_pixels_is_not_taken_the_wrong_way_round(tmp_path
     np.savez(tmp_path / "a.npz", data=images[0], mask=(~BAD).astype("u1"))
     with pytest.raises(ValueError, match="28 of 32 pixels.*mask_good: 1 and mask_bad: 0"):
         NpzSource(str(tmp_path / "a.npz"), photon_energy_ev=9e3).check()
+
+
+def test_bits_that_mean_nothing_or_leave_next_to_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = frames(3, 4, 8)
+    path = write(tmp_path, {f"{CXI}/data": images, f"{CXI}/mask": BAD.astype("u1")})
+    np.savez(tmp_path / "a.npz", data=images[0], mask=BAD.astype("u1"))
+    given: list[dict[str, Any]] = [{"mask_good": 0, "mask_bad": 0}, {"mask_bad": 0}]
+    for bits in given:
+        with pytest.raises(ValueError, match="no bit of the mask means anything"):
+            Hdf5Source(path, photon_energy_ev=9e3, **bits)
+        with pytest.raises(ValueError, match="no bit of the mask means anything"):
+            NpzSource(str(tmp_path / "a.npz"), photon_energy_ev=9e3, **bits).check()
+    assert not caplog.text
+    check(Hdf5Source(path, photon_energy_ev=9e3, mask_good=1), images, ~BAD)
+    assert "leaves out 28 of 32 pixels: are mask_good and mask_bad its bits?" in caplog.text
+
+
+def test_a_mask_that_is_none_is_refused(tmp_path: Path) -> None:
+    for dtype in ("S1", [("bad", "u1")]):
+        path = write(tmp_path, {f"{CXI}/data": frames(3, 4, 8), f"{CXI}/mask": BAD.astype(dtype)})
+        with pytest.raises(ValueError, match="the mask /entry_1/data_1/mask has dtype"):
+            Hdf5Source(path, photon_energy_ev=9e3)
+
+
+def test_a_stack_whose_last_axis_counts_panels_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.savez(tmp_path / "a.npz", data=np.zeros((512, 40, 8), "u2"))
+    NpzSource(str(tmp_path / "a.npz"), photon_energy_ev=9e3).check()
+    assert "taken for 512 panels of 40x8. If its last axis counts the panels" in caplog.text
 
 
 def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -419,6 +419,24 @@ def test_a_certainty_and_a_dead_panel_are_no_overflow() -> None:
     assert found.results[0].peaks.tolist() == [[0, 3, 4]]
 
 
+def test_peaks_everywhere_are_no_peaks() -> None:
+    """The classes are swapped, the threshold is far too low, or the weights are another's."""
+    events = [shot(i, [(0, 3, 4)]) for i in range(4)]
+    batches = [batch(events[:2], 2), batch(events[2:], 2)]
+    swapped = PeakNetModule(Returns(lambda logits: logits.flip(1)), chain())
+    with pytest.raises(NetworkOutputError, match=r"all of its pixels peak.* is class 0 backgr"):
+        predict(swapped, batches)
+    with pytest.raises(NetworkOutputError, match="do threshold and"):
+        predict(PeakNetModule(Bright(), chain(Patchify(16, 20)), threshold=-1e6), batches)
+    calls = iter([False, True])
+    sometimes = Returns(lambda logits: logits.flip(1) if next(calls) else logits)
+    first, second = predict(PeakNetModule(sometimes, chain()), batches)
+    assert [len(result.peaks) for result in first.results] == [1, 1]
+    assert not second.results
+    (reason,) = {one.reason for one in second.refused}
+    assert reason == "the network calls nearly all of its pixels peak"
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_network_that_gives_nothing_else_ends_the_run(size: int) -> None:
     events = [shot(i, []) for i in range(4)]

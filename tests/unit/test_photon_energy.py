@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from peaknet_predict.photon_energy import (
 )
 from peaknet_predict.queues.codec import decode, encode
 from peaknet_predict.queues.wire import event_to_item, item_to_event
+from peaknet_predict.sources import Hdf5Source
 from peaknet_predict.types import Event, EventId
 
 PIXELS = np.ones((2, 3), np.float32)
@@ -77,3 +80,27 @@ def test_a_reason_in_place_of_pixels_is_the_reason_of_the_refusal() -> None:
     assert check(np.array(reason), math.nan) == said
     assert len(check(np.array("x" * 100_000), math.nan) or "") == 2000
     assert "shape (2,)" in (check(np.array(["a", "b"]), 9500.0) or "")
+
+
+@pytest.mark.parametrize(("wavelength", "unit"), [(0.13, None), (0.13, "nm"), (1.3, None)])
+def test_a_short_wavelength_without_a_unit_is_ambiguous(
+    tmp_path: Path, wavelength: float, unit: str | None
+) -> None:
+    with h5py.File(tmp_path / "run.nxs", "w") as h5:
+        entry = h5.create_group("entry")
+        entry.attrs["NX_class"] = "NXentry"
+        entry["data/data"] = np.ones((2, 8, 8), np.uint16)
+        beam = entry.create_group("instrument/beam")
+        beam.attrs["NX_class"], entry["data"].attrs["NX_class"] = "NXbeam", "NXdata"
+        beam["incident_wavelength"] = wavelength
+        if unit is not None:
+            beam["incident_wavelength"].attrs["units"] = np.array([unit.encode()])
+    path = str(tmp_path / "run.nxs")
+    if (wavelength, unit) == (0.13, None):
+        with pytest.raises(ValueError, match=r"0\.13 without units: angstrom or nm\?"):
+            Hdf5Source(path)
+    given = "nm" if wavelength < 1 else "angstrom"
+    for source in [Hdf5Source(path, photon_energy_unit=given)] + (
+        [] if (wavelength, unit) == (0.13, None) else [Hdf5Source(path)]
+    ):
+        assert [energy for _, _, energy in source.events()] == pytest.approx([9537.25] * 2, abs=1)

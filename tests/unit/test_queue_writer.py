@@ -24,7 +24,7 @@ from peaknet_predict.data import QueueDataModule
 from peaknet_predict.dataset import QueueDataset
 from peaknet_predict.first_refusals import UnfitStreamError
 from peaknet_predict.module import PeakNetModule
-from peaknet_predict.preprocess import Crop, MergeBatchChannelDims
+from peaknet_predict.preprocess import Crop, InstanceNorm, MergeBatchChannelDims
 from peaknet_predict.process.balance import BalanceError
 from peaknet_predict.queues import QueueAddress, QueueError
 from peaknet_predict.sources import EventSource, Simulator, SkippedFile
@@ -55,7 +55,7 @@ class Dots(EventSource):
     def events(self, first: int = 0) -> Iterator[tuple[int, Image, float]]:
         for idx in range(first, self.num_events):
             image = np.zeros((1, 32, 32), np.float32)
-            image[0, 10, 1 + idx] = 100.0
+            image[0, 10, 1 + idx % 31] = 100.0
             if idx in self.blind:
                 image[:] = np.nan
             yield idx, image, 9000.0
@@ -202,6 +202,15 @@ def test_the_same_objects_run_again_and_again_and_fail_as_well_as_ever(
     assert rig.balance()["problem"] == "RuntimeError: boom"
 
 
+def test_a_run_without_any_peak_says_so(
+    cluster: MemoryCluster, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(cluster, tmp_path, source=Dots(32))
+    rig.module = PeakNetModule(rig.net, [MergeBatchChannelDims()], threshold=1e9)
+    rig.predict()
+    assert "no peak in any of 32 events: do weights, threshold" in said.text
+
+
 def test_files_that_a_runs_own_source_leaves_out_are_in_its_record(
     cluster: MemoryCluster, tmp_path: Path
 ) -> None:
@@ -265,7 +274,7 @@ def test_results_come_into_files_and_are_compared_with_what_was_planted(
     np.save(mask, np.eye(64, dtype=np.uint8))
     rig.module = PeakNetModule(
         rig.net,
-        [MergeBatchChannelDims()],
+        [InstanceNorm(), MergeBatchChannelDims()],
         threshold=0.5,
         bad_values=[-2],
         saturation=900.0,
@@ -285,7 +294,8 @@ def test_results_come_into_files_and_are_compared_with_what_was_planted(
         "mask_bad": 2,
         "saturation": 900.0,
     }
-    assert provenance["preprocess"] == [{"class": "MergeBatchChannelDims"}]
+    steps = [step["class"] for step in provenance["preprocess"]]
+    assert steps == ["InstanceNorm", "MergeBatchChannelDims"]
     assert (provenance["mask"], len(provenance["mask_sha256"])) == (mask, 64)
     assert score.score is not None
     assert score.score.planted >= score.score.found

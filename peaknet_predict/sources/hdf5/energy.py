@@ -18,6 +18,9 @@ LCLS_ENERGY = "/LCLS/photon_energy_eV"
 CXI_ENERGY = "/entry_1/instrument_1/source_1/energy"
 """Where the CXI format has the photon energy, in joules (CXI file format, version 1.5, source)."""
 
+_AMBIGUOUS_ANGSTROM = 0.25
+"""A wavelength below, in angstrom, is that of 50 keV and more; in nm, of an everyday 5 keV."""
+
 Energies = npt.NDArray[np.float64]
 
 
@@ -96,6 +99,12 @@ def _read(
 ) -> Found:
     where = f"{opened.path}: {name}"
     said = dataset.attrs.get("units", dataset.attrs.get("unit"))
+    is_guess = not unit and said is None
     unit = unit or (default if said is None else text(said))
     values = energies_from_table(dataset[()], num_events, where)
+    if is_guess and unit == "angstrom" and np.any((values > 0) & (values < _AMBIGUOUS_ANGSTROM)):
+        raise ValueError(
+            f"{where} has a wavelength of {values[0]:g} without units: angstrom or nm? Say it with "
+            "photon_energy_unit"
+        )
     return Found(to_ev(values, unit, where), name)

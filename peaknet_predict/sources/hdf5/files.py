@@ -247,8 +247,14 @@ class LinkedFile:
 
     def _listing(self) -> Iterator[str]:
         groups, visited = [self.root], 0
+        known = set()
         while groups and visited < _VISITED:
             group = groups.pop()
+            # A hard link may lead back to a group on the way.
+            where = h5py.h5o.get_info(group.id)
+            if (where.fileno, where.addr) in known:
+                continue
+            known.add((where.fileno, where.addr))
             deeper = []
             for name in group:
                 visited += 1

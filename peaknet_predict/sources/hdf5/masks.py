@@ -34,7 +34,7 @@ def find_masks(opened: LinkedFile, frames: str, threshold: int | None) -> tuple[
     found = []
     for name in dict.fromkeys(places):
         item = opened.find(name)
-        if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "biuf":
+        if isinstance(item, h5py.Dataset) and item.ndim >= 2:
             found.append(name)
     return found, bool(found) and (found[0] in beside or len(groups) == 1)
 
@@ -79,6 +79,12 @@ class MaskReader:
         image_shape: tuple[int, ...],
         bits: Bits,
     ) -> None:
+        dtype = opened.dataset(name).dtype
+        if dtype.kind not in "biuf":
+            raise ValueError(
+                f"{opened.path}: the mask {name} has dtype {dtype}, not integers; name another "
+                "dataset with the option mask, or go without it: mask: none"
+            )
         self._bits = bits
         self._image_shape = image_shape
         self._frames = Frames(opened, name, axes, threshold if "thresholds" in axes else None)

@@ -101,7 +101,9 @@ def _has_signal(opened: LinkedFile, name: str) -> bool:
 def _default_plot(opened: LinkedFile) -> list[str]:
     """Return the group that the attributes ``default`` lead to."""
     path, node = "", opened.root
-    while "default" in node.attrs:
+    seen: set[str] = set()
+    while "default" in node.attrs and path not in seen:
+        seen.add(path)
         name = text(node.attrs["default"])
         path = name if name.startswith("/") else join(path, name)
         node = opened.find(path)
