@@ -101,7 +101,10 @@ def _count_saturated(
     counts_PHW = image.reshape(shape_PHW)
     new_PHW = unpack_mask(fresh, shape_PHW)
     values = counts_PHW[new_PHW]
-    if image.dtype.kind != "f":
+    if image.dtype.kind == "f":
+        # Counts beyond float16 become infinite; and float16 cannot be compared with 65535.
+        values, marks = values.astype(np.float64), (*marks, np.inf)
+    else:
         # A detector of fewer bits than its dtype has (DECTRIS's bit depth), masked by its source.
         highest = int(values.max())
         marks += (highest,) if highest >= 255 and highest & (highest + 1) == 0 else ()

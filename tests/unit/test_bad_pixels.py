@@ -259,13 +259,14 @@ def test_saturated_pixels_that_read_as_bad_ones_are_a_warning(
     assert not caplog.text
 
 
-@pytest.mark.parametrize("dtype", ["u1", ">u2", "i4", "f4"])
+@pytest.mark.parametrize("dtype", ["u1", ">u2", "i4", "f4", "f2"])
 def test_saturated_cores_left_out_as_bad_are_a_warning_without_being_asked(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     monkeypatch.setattr(logging.getLogger("peaknet_predict"), "propagate", True)
     image, places = planted(dtype)
-    mark = 65535 if dtype == "f4" else sentinels(np.dtype(dtype))[-1]
+    of_floats = {"f4": 65535, "f2": np.inf}
+    mark = of_floats[dtype] if dtype in of_floats else sentinels(np.dtype(dtype))[-1]
     dead = image.copy()
     dead[0, 100:104] = dead[0, :, 40] = dead[0, 3, 3] = mark  # gaps cut some peaks, too
     saturated = dead.copy()
