@@ -52,6 +52,8 @@ def read_mask(name: str, good: int | None = None, bad: int | None = None) -> Sta
             _check_meaning(values, name)
         mask = StaticMask(find_masked(values, good, bad))
     num_bad = int(np.count_nonzero(mask.bad))
+    if num_bad == mask.bad.size:
+        raise ValueError(f"mask {name} leaves no pixel: do its bits mean good or bad ones?")
     log.log(
         logging.WARNING if num_bad > MAX_BAD * mask.bad.size else logging.INFO,
         "mask %s: %d of %d pixels are bad",

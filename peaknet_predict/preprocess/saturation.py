@@ -37,9 +37,9 @@ _NORMAL = 1.4826
 """Standard deviation of a normal distribution in units of its median absolute deviation."""
 
 _SAMPLE = 2**14
-_CHECKED_AT_ONCE, _THEN_EVERY_S = 50, 1.0
-"""How many first events are all checked, and the seconds between two later ones: labelling a large
-event takes some 20 ms."""
+_CHECKED_AT_ONCE, _THEN_EVERY_S = 10, 1.0
+"""Events that are all looked at, and the time between two of those after them: labelling a large
+event takes some 100 ms."""
 
 _EIGHT = np.ones((1, 3, 3), np.bool_)
 

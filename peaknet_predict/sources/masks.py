@@ -43,6 +43,8 @@ class Bits(NamedTuple):
                 "bad ones. If its 1 marks good pixels, set mask_good: 1 and mask_bad: 0; if they "
                 "are bad, set mask_bad: 0xffffffff; to go without it, set mask: none"
             )
+        if number == bad.size:
+            raise ValueError(f"{where} leaves no pixel: are mask_good and mask_bad its bits?")
         if number > MAX_BAD * bad.size:
             logger.warning(
                 "%s leaves out %d of %d pixels: are mask_good and mask_bad its bits?",

@@ -139,6 +139,7 @@ def test_bits_mean_what_they_mean_to_crystfel(values: list[int], good: int, bad:
     assume(good or bad)
     mask = np.array(values, "u2").reshape(4, 8)
     expected = ((mask & bad) != 0) | ((mask & good) != good)
+    assume(not expected.all())
     images = frames(1, 4, 8)
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), {f"{CXI}/data": images, f"{CXI}/mask": mask})

@@ -144,6 +144,9 @@ def test_masks_in_files_of_their_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(geometry(tmp_path, bits).bad, (values & 1) != 0)
     bits = f"mask3_data = /good\nmask3_file = {tmp_path}/map.h5\nmask3_goodbits = 1\n"
     np.testing.assert_array_equal(geometry(tmp_path, bits).bad, values != 0)
+    bits = "mask = /good\nmask_file = map.h5\nmask_bad = 1\nmask_good = 2\n"
+    with pytest.raises(ValueError, match="leaves no pixel: do its bits mean good or bad ones"):
+        geometry(tmp_path, bits)
     # In the image files: for the source, not for a static mask.
     bits = "mask = /entry_1/data_1/mask\nmask_bad = 0xffff\n"
     mask = geometry(tmp_path, bits)
