@@ -44,12 +44,12 @@ class Window:
         return box_sum(values, *self._outer) - box_sum(values, *self._guard)
 
     def mean_and_sigma(self, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, at least `floor`; `x` is 0 where it is not valid."""
+        """Return mean and standard deviation, at least `floor`; `x` must be 0 at invalid pixels."""
         mean, variance = _moments(self._sum(torch.cat([x, x.square()], dim=1)), self._divisor)
         return mean, variance.clamp(min=floor**2).sqrt()
 
     def clip(self, x: Tensor, mean: Tensor, sigma: Tensor, num_sigmas: float) -> Tensor:
-        """Bring `x` to within so many sigmas, where the statistics are usable."""
+        """Clip `x` to `num_sigmas` around the mean where the statistics are usable."""
         return clip(x, mean, num_sigmas * sigma, self.usable) * self._weight
 
 
