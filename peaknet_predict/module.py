@@ -178,8 +178,8 @@ class PeakNetModule(L.LightningModule):
         UnfitStreamError
             If they are the first ones, and none follows that can be processed.
         """
-        self._first.hold(batch.refused)
         if not batch.events and not warm_up:
+            self._first.hold(batch.refused)
             if not batch.refused:
                 self._first.decide()  # a reminder: a reader waits for what is held here
             return PendingPeaks(batch, list(batch.refused), self._first)
@@ -191,6 +191,7 @@ class PeakNetModule(L.LightningModule):
                 Refusal(event.id, f"image of shape {event.image.shape} does not fit: {misfit}")
                 for event in batch.events
             ]
+            self._first.hold(batch.refused)
             self._first.hold(reasons, unfit=True)
             return PendingPeaks(batch, batch.refused + reasons, self._first)
         dtype = batch.images_BPHW.dtype

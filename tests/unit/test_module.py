@@ -142,6 +142,9 @@ def test_a_stream_of_events_that_are_all_bad_the_same_way_ends(reminded: bool) -
         predict(PeakNetModule(Bright(), chain()), keV)
     mixed = [one for i in range(40) for one in bad(["energy", "image"][i % 2])]
     assert len(predict(PeakNetModule(Bright(), chain()), mixed)) == len(mixed)
+    with_a_good_one = batch([shot(0, [])], 1, [Refusal(None, "energy")] * 40)
+    (found,) = predict(PeakNetModule(Bright(), chain()), [with_a_good_one])
+    assert (len(found.results), len(found.refused)) == (1, 40)
     after_a_good_one = [batch([shot(0, [])], 1), *keV]
     assert len(predict(PeakNetModule(Bright(), chain()), after_a_good_one)) == 1 + len(keV)
 
