@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
@@ -31,6 +30,8 @@ PROTOCOL = 6
 """Version of the methods below; a client refuses to talk to another one."""
 
 _TICK_S = 0.5  # how often leases and producers are checked while nobody calls
+
+_BORDER_S = 5.0  # how long a producer waits, where it begins and ends, for a disk that fails
 
 LINGER_S = 0.005
 """Pause after an answer during which readers that want more records than there are wait.
@@ -97,10 +98,14 @@ class QueueActor:
                 *(found.entries, found.keys, found.books, found.accepted, found.quarantined),
                 kept=kept_earlier(self._quarantine, {entry.id for entry in found.entries}),
             )
-            if found.books is None:
-                # The name must not change with the next life.
-                self._spool.books(self._state.streams.to_json())
+            # The queue's name must not change with the next life, nor its streams' come again.
+            self._spool.books(self._state.streams.to_json())
+            try:
                 self._spool.sync()
+            except OSError:
+                if found.books is None:
+                    raise
+                # Nothing is taken before it is on disk: the spool begins another file first.
             found.entries = []  # the state's, from now on
         self._producers = WaitingCalls[bool](self._serve)
         self._readers = WaitingCalls[Delivery](self._serve)
@@ -116,9 +121,8 @@ class QueueActor:
     async def put(self, item: Any) -> bool:
         """Take one item (psana-ray's method): False when full, ``None`` ends the stream."""
         taken = self._change(lambda: self._state.put_foreign(item))
-        while await self._commit.wait() is not None:
-            # Answering "full" would make the producer put it a second time.
-            await asyncio.sleep(_TICK_S)
+        # Answering "full" would make the producer put it a second time.
+        await self._commit.wait_long()
         return taken
 
     async def get(self) -> Any:
@@ -143,14 +147,20 @@ class QueueActor:
     async def open(self, producer: str, of: int) -> None:
         """Announce a producer; ``of`` is how many there are in all."""
         self._change(lambda: self._state.open(producer, of))
+        await self._commit.wait_long(_BORDER_S)
 
     async def close(self, producer: str, failure: str | None, end_markers: int) -> None:
-        """End a producer's part of the stream."""
+        """End a producer's part of the stream.
+
+        Whoever has closed it may leave; if that were forgotten in a power cut, all would wait.
+        """
         self._change(lambda: self._state.close(producer, failure, end_markers))
+        await self._commit.wait_long(_BORDER_S)
 
     async def close_group(self, prefix: str, failure: str | None, end_markers: int) -> None:
         """End the part of each producer whose name has a prefix; forget their own failures."""
         self._change(lambda: self._state.close_group(prefix, failure, end_markers))
+        await self._commit.wait_long(_BORDER_S)
 
     async def put_many(self, call: tuple[str, Sequence[Record], float]) -> tuple[int, str | None]:
         """Take records as room appears.
@@ -219,6 +229,9 @@ class QueueActor:
             delivery = await self._readers.answer(
                 (holder, sequence), take, timeout_s, max_records, give_back
             )
+        if delivery is not None and delivery.ended and await self._commit.wait() is not None:
+            # What was settled last could come back, with nobody left to read it. It asks again.
+            return tuple(_NOTHING)
         return tuple(delivery or _NOTHING)
 
     async def ack(self, tokens: list[int]) -> list[int]:
@@ -247,8 +260,7 @@ class QueueActor:
         A producer goes on from there, so everything before it has to be on disk.
         """
         first = self._state.keys.first_missing(stream, rank)
-        while await self._commit.wait() is not None:
-            await asyncio.sleep(_TICK_S)
+        await self._commit.wait_long()
         return first
 
     async def statistics(self) -> QueueStatistics:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import time
 
 from peaknet_predict.queues.spool import Spool
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S = 0.5  # between two tries of a disk that fails
 
 
 class GroupCommit:
@@ -44,10 +51,18 @@ class GroupCommit:
                 reached = self._spool.position
                 await asyncio.get_running_loop().run_in_executor(None, sync)
             except OSError as error:
+                if self.problem is None:
+                    log.error("spool %s: %s: nothing is confirmed", self._spool.directory, error)
                 self.problem = f"the spool {self._spool.directory} cannot be synced: {error}"
                 return self.problem
             self._synced, self.problem = reached, None
             return None
+
+    async def wait_long(self, timeout_s: float = math.inf) -> None:
+        """Return once everything that was appended up to now is on disk, or when time is over."""
+        deadline = time.monotonic() + timeout_s
+        while await self.wait() is not None and time.monotonic() < deadline:
+            await asyncio.sleep(_PAUSE_S)
 
     async def tidy(self) -> None:
         """Sync what nobody waits for, and delete what is no longer needed."""

@@ -100,7 +100,7 @@ class Spool:
         """Append a record; raises OSError, with nothing appended, if it cannot be written."""
         record = Unsettled(entry, self._order)
         record.size = self._append(Kind.PUT, *_put(record))
-        record.number, record.end = self.position
+        record.number, record.end = self._end
         self._order += 1
         self._live.add(record)
         self.replay.keys.add(entry.id)
@@ -124,9 +124,9 @@ class Spool:
         self._compact()
 
     def books(self, books: dict[str, Any]) -> None:
-        """Append the state of producers and readers."""
+        """Append the state of producers and readers; the next `sync` tries again if that fails."""
         self.replay.books = books
-        self._try_append(Kind.BOOKS, books)
+        self._lacks_books = not self._try_append(Kind.BOOKS, books)
 
     def sync(self) -> None:
         """Return once everything appended so far is on disk; raises OSError if it is not."""
@@ -141,6 +141,13 @@ class Spool:
         """
         if self._segment.is_over:
             self._begin_segment()
+        if self._lacks_books:
+            try:
+                self._append(Kind.BOOKS, json.dumps(self.replay.books).encode(), [])
+            except OSError:
+                self._segment.seal()  # whatever comes next, its file begins with them
+                raise
+            self._lacks_books = False
         return self._segment.syncing()
 
     def tidy(self) -> None:
@@ -153,7 +160,12 @@ class Spool:
 
     @property
     def position(self) -> tuple[int, int]:
-        """How much has been appended: segment and bytes."""
+        """How much has been appended, or is still to be: segment and bytes."""
+        number, size = self._end
+        return number, size + self._lacks_books
+
+    @property
+    def _end(self) -> tuple[int, int]:
         return self._segment.number, self._segment.size
 
     def close(self) -> None:
@@ -185,6 +197,7 @@ class Spool:
         self._segment = OpenSegment(found.last, found.end, found.synced, self._mark, self._fs)
         self._leftovers = found.others
         self._latest = max([found.last, *found.others])
+        self._lacks_books = False  # on disk, as they are now
         self._delete_settled()  # makes room
         try:
             self._begin_segment()
@@ -207,7 +220,7 @@ class Spool:
         if self._segment.is_over or self._segment.size > self._segment_bytes:
             self._begin_segment()
         size = self._segment.append(kind, skeleton, buffers)
-        self._live.resize(*self.position)
+        self._live.resize(*self._end)
         return size
 
     def _begin_segment(self) -> None:
@@ -237,6 +250,7 @@ class Spool:
             raise
         self._segment.close()
         self._segment = OpenSegment(number, size, size, self._mark, self._fs, file)
+        self._lacks_books = False
         self._live.resize(number, size)
         self._live.repeat(again, number)
         while self._leftovers:
@@ -270,7 +284,7 @@ class Spool:
         if record is not None:
             with contextlib.suppress(OSError):
                 size = self._append(Kind.PUT, *_put(record))
-                self._live.move(record, *self.position, size)
+                self._live.move(record, *self._end, size)
 
     def _delete_settled(self) -> None:
         """Delete the oldest segments, up to the first that is still needed."""

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from peaknet_predict.queues.actor import QueueActor
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.group_commit import GroupCommit
 from peaknet_predict.queues.records import entry_of
 from peaknet_predict.queues.spool import Spool
@@ -67,3 +70,38 @@ def test_the_queue_takes_nothing_for_confirmed_that_is_not_on_disk(tmp_path: Pat
         assert (statistics.accepted, statistics.problem) == (2, None)
 
     asyncio.run(run())
+
+
+def test_begin_and_end_of_a_stream_are_on_disk_before_anybody_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever closes a stream, or reads its end, leaves: nobody would do it again."""
+    monkeypatch.setattr("peaknet_predict.queues.group_commit._PAUSE_S", 0.01)
+    address = QueueAddress("q", spool=str(tmp_path / "spool"), quarantine=str(tmp_path / "q"))
+    disk = FailingDisk()
+
+    async def get(actor: QueueActor, request: int) -> Delivery:
+        return Delivery(*await actor.get_many(("r", "holder", request, False, 1, 0.1)))
+
+    async def run() -> None:
+        actor = QueueActor("events", address)
+        assert actor._spool is not None
+        actor._spool._fs = actor._spool._segment._fs = disk
+        for call in (actor.open("p", 1), actor.close("p", None, 1)):
+            disk.fails = {"fdatasync", "fsync"}
+            waits = asyncio.create_task(call)
+            await asyncio.sleep(0.05)
+            assert not waits.done()
+            disk.fails = set()
+            await waits
+        disk.fails = {"fdatasync", "fsync"}
+        assert not (await get(actor, 0)).ended
+        disk.fails = set()
+        assert (await get(actor, 1)).ended
+
+    asyncio.run(run())
+    spool = Spool(shutil.copytree(tmp_path / "spool", tmp_path / "copy"))
+    assert spool.replay.books is not None
+    assert spool.replay.books["closed"] == ["p"]
+    assert spool.replay.books["groups"]["end_seen"]
+    spool.close()

@@ -289,6 +289,26 @@ def test_a_full_disk_confirms_nothing_and_spoils_nothing(tmp_path: Path, fails: 
     assert set(confirmed) <= {entry.id.idx for entry in found(tmp_path)}
 
 
+def test_what_is_known_of_producers_is_on_disk_before_anything_else_is_confirmed(
+    tmp_path: Path,
+) -> None:
+    disk = FailingDisk()
+    spool = Spool(tmp_path, fs=disk)
+    put(spool, event(0))
+    before = spool.position
+    disk.fails = {"write"}
+    spool.books({"open": ["p"]})
+    assert spool.position > before, "so that whoever waits for it does not take it for written"
+    with pytest.raises(OSError, match="No space left"):
+        spool.sync()
+    disk.fails = set()
+    spool.sync()
+    spool.close()
+    again = Spool(tmp_path)
+    assert again.replay.books == {"open": ["p"]}
+    again.close()
+
+
 def test_after_a_sync_that_failed_nothing_in_that_file_is_confirmed(tmp_path: Path) -> None:
     disk = FailingDisk()
     spool = Spool(tmp_path / "spool", fs=disk)
