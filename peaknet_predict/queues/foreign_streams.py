@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,9 @@ class ForeignStreams:
     """Names streams that have no name, and knows whether one is open.
 
     A stream opens with its first item and ends with an end item. If a rank's idx does not grow, its
-    producer has been started again, and what follows is a new stream.
+    producer has been started again, and what follows is a new stream. After a restart of the queue
+    an item goes on in an earlier stream only if its rank has events there: a reader may have had
+    others, never synced and now forgotten, under the names that come next.
 
     Parameters
     ----------
@@ -40,7 +43,8 @@ class ForeignStreams:
         self.is_open = False
         self.is_closed = False
         self._uid = uid
-        self._number = 0
+        self._life = 0
+        self._label = (0, 0)  # the present stream: the life in which it began, and its number there
         self._last: dict[int, int] = {}  # the latest idx of each rank
         self._unheard: set[int] = set()  # ranks of which nothing has come since a restart
 
@@ -66,7 +70,7 @@ class ForeignStreams:
 
     def name_for(self, identity: tuple[int, int] | None) -> str:
         """Return the stream's name for an item that states ``identity`` as its (rank, idx)."""
-        return f"{self._uid}#{self._number + self._starts_anew(identity)}"
+        return self._name(self._next_label() if self._starts_anew(identity) else self._label)
 
     def follows(self, identity: tuple[int, int] | None) -> bool:
         """Whether an item is the next one of its rank, with none missing before it."""
@@ -82,7 +86,7 @@ class ForeignStreams:
         """
         over: list[tuple[str, int]] = []
         if self._starts_anew(identity):
-            name = f"{self._uid}#{self._number}"
+            name = self._name(self._label)
             over = [(name, rank) for rank in (_UNNAMED, *self._last)]
             self._begin_next()
         if identity is not None:
@@ -119,24 +123,29 @@ class ForeignStreams:
             "items": self.items,
             "is_open": self.is_open,
             "is_closed": self.is_closed,
-            "number": self._number,
+            "life": self._life,
+            "label": list(self._label),
             "last": list(self._last.items()),
         }
 
     def restore(self, uid: str, saved: dict[str, Any], keys: KeySet) -> None:
-        """Take over what `to_json` returned, and what the accepted ``keys`` tell of later items."""
+        """Take over what `to_json` returned, and what the accepted ``keys`` tell of later items.
+
+        This begins another life. That it has begun must be on disk before an item is taken.
+        """
         self._uid = uid
         self.items = saved["items"]
         self.is_open, self.is_closed = saved["is_open"], saved["is_closed"]
-        self._number = saved["number"]
+        self._life = saved["life"] + 1
+        life, number = saved["label"]
+        self._label = (life, number)
         self._last = {int(rank): int(idx) for rank, idx in saved["last"]}
-        prefix = f"{uid}#"
         for stream, rank, bounds in keys.intervals():
-            number = stream.removeprefix(prefix)
-            if number == stream or not number.isdecimal() or int(number) < self._number:
+            label = self._label_in(stream)
+            if label is None or label < self._label:
                 continue
-            if int(number) > self._number:
-                self._number = int(number)
+            if label > self._label:
+                self._label = label
                 self._last.clear()
             if rank == _UNNAMED:
                 self.items = max(self.items, bounds[-1])
@@ -146,10 +155,22 @@ class ForeignStreams:
 
     def _starts_anew(self, identity: tuple[int, int] | None) -> bool:
         if identity is None or identity[0] not in self._last:
-            return False
+            return self._label[0] < self._life
         return identity[1] <= self._last[identity[0]]
 
     def _begin_next(self) -> None:
-        self._number += 1
+        self._label = self._next_label()
         self._last.clear()
         self._unheard.clear()
+
+    def _next_label(self) -> tuple[int, int]:
+        life, number = self._label
+        return (life, number + 1) if life == self._life else (self._life, 0)
+
+    def _name(self, label: tuple[int, int]) -> str:
+        return f"{self._uid}#{label[0]}.{label[1]}"
+
+    def _label_in(self, name: str) -> tuple[int, int] | None:
+        """Return the label in a stream's name; None if it is not a name given here."""
+        match = re.fullmatch(rf"{re.escape(self._uid)}#(\d+)\.(\d+)", name)
+        return None if match is None else (int(match[1]), int(match[2]))

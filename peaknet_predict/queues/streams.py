@@ -77,13 +77,13 @@ class StreamBook:
     def open(self, producer: str, of: int, now: float) -> None:
         """Announce a producer; one that comes back to its stream goes on where it was.
 
-        It has not ended early then, whatever it or its silence has said before. While something of
-        an ended stream is left, such a producer opens that stream again and no new one.
+        It has not ended early then, whatever it or its silence has said before. Until a reader has
+        been told the end of a stream, such a producer opens that stream again and no new one.
         """
         if not producer.isprintable():
             raise ValueError(f"a producer's name must be printable text, not {producer!r}")
         if producer not in self._heard:
-            if producer not in self._closed or self._is_empty():
+            if producer not in self._closed or self.groups.end_seen:
                 self._begin_if_ended()
             self._closed.discard(producer)
             self._silenced.discard(producer)

@@ -695,6 +695,40 @@ def test_items_after_a_restart_never_take_the_identity_of_earlier_ones() -> None
     assert len(set(seen)) == len(seen) == 12
 
 
+def test_an_item_lost_with_the_power_never_shares_its_identity_with_a_later_one() -> None:
+    """A reader may have had it, and the next stage would take the later one for a duplicate."""
+    clock = Clock()
+    state = QueueState("events", 10, 10**6, clock=clock)
+    seen = []
+    for life in range(4):
+        before = state
+        state = restarted(before, clock)
+        for item in ("no event", foreign(0), foreign(1), foreign(0)):
+            state.put_foreign(item)
+        seen += [record.id for record in ask(state, most=9).records]
+        if life % 2 == 0:
+            # None of it was on disk, but that this life had begun.
+            state = restarted(restarted(before, clock), clock)
+    assert len(set(seen)) == len(seen) == 16
+
+
+def test_a_producer_that_comes_back_does_not_make_the_others_close_again() -> None:
+    state = QueueState("events", 10, 10**6)
+    for producer in ("a", "b"):
+        state.open(producer, 2)
+    state.put("b", [event(0)])
+    for producer in ("a", "b"):
+        state.close(producer)
+    state.open("b", 2)  # its first close was not answered: it was killed, and started again
+    assert not state.statistics().ended
+    state.close("b")
+    assert take_all(state) == [0]
+    assert ask(state).ended
+    state.open("b", 2)
+    state.close("b")
+    assert not state.statistics().ended, "this stream is another one"
+
+
 class Died(Exception):
     """The queue's process has been killed."""
 
