@@ -60,9 +60,10 @@ def _find_planted(seeds: range, steps: int) -> int:
 
 def _summary(outcome: Outcome) -> str:
     failed = 0 if outcome.failure is None else 1
+    seen = ", ".join(f"{what}: {number}" for what, number in sorted(outcome.seen.items()))
     return (
         f"{outcome.histories} histories, {outcome.steps} steps and the way to their ends in "
-        f"{outcome.seconds:.0f} s, {outcome.confirmed} events confirmed, {failed} failed"
+        f"{outcome.seconds:.0f} s, {failed} failed; {seen}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,10 +11,15 @@ from unittest import mock
 
 from peaknet_predict.cxi.filtered import FilteredEvents
 from peaknet_predict.cxi.witness import Witness
+from peaknet_predict.process.files import write_all
+from peaknet_predict.queues.clock import RunningClock
+from peaknet_predict.queues.foreign_streams import ForeignStreams
+from peaknet_predict.queues.framing import Kind
 from peaknet_predict.queues.quarantine import Quarantine
 from peaknet_predict.queues.replay import SpoolError, SpoolReader
 from peaknet_predict.queues.segment import OpenSegment
 from peaknet_predict.queues.spool import Spool
+from peaknet_predict.queues.streams import StreamBook
 from tests.storage_simulation import cxi_on_disk
 
 
@@ -115,6 +121,72 @@ def name_without_sync() -> AbstractContextManager[None]:
     )
 
 
+def quarantined_without_sync() -> AbstractContextManager[None]:
+    """A rejected event is settled before its data are on disk."""
+
+    def write(path: Any, data: bytes, private: bool = False, fs: Any = None) -> None:
+        file = fs.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        write_all(file, data, fs)
+        fs.close(file)
+
+    return _planted(mock.patch("peaknet_predict.queues.quarantine.write_whole", write))
+
+
+def end_after_a_pause() -> AbstractContextManager[None]:
+    """While a queue's own process is stopped, its producers count as silent."""
+    return _planted(mock.patch.object(RunningClock, "__call__", lambda self: self._clock()))
+
+
+def stream_waits_for_those_who_closed() -> AbstractContextManager[None]:
+    """A producer that comes back to a stream that has ended makes the others close it again."""
+    reopen = StreamBook.open
+
+    def anew(self: StreamBook, producer: str, of: int, now: float) -> None:
+        if producer not in self._heard:
+            self._begin_if_ended()
+        reopen(self, producer, of, now)
+
+    return _planted(mock.patch.object(StreamBook, "open", anew))
+
+
+def producers_forgotten() -> AbstractContextManager[None]:
+    """Who has opened and closed a stream is left out where the disk was full at that moment."""
+
+    def books(self: Spool, books: dict[str, Any]) -> None:
+        self.replay.books = books
+        self._try_append(Kind.BOOKS, books)
+
+    return _planted(mock.patch.object(Spool, "books", books))
+
+
+def stream_renamed_by_a_retry() -> AbstractContextManager[None]:
+    """An item that psana-ray offers again, because the queue is full, begins another stream."""
+    name_for = ForeignStreams.name_for
+
+    def renaming(self: ForeignStreams, identity: tuple[int, int] | None) -> str:
+        name = name_for(self, identity)
+        self.accept(identity)
+        return name
+
+    return _planted(mock.patch.object(ForeignStreams, "name_for", renaming))
+
+
+def stream_name_given_twice() -> AbstractContextManager[None]:
+    """A queue that has forgotten psana-ray's latest items gives their identities to others."""
+    restore = ForeignStreams.restore
+
+    def in_the_same_life(self: ForeignStreams, *args: Any) -> None:
+        restore(self, *args)
+        self._life -= 1
+
+    return _planted(mock.patch.object(ForeignStreams, "restore", in_the_same_life))
+
+
+def spool_never_compacted() -> AbstractContextManager[None]:
+    """One event that is not settled keeps all segments after it."""
+    return _planted(mock.patch.object(Spool, "_compact", return_value=None))
+
+
 PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     planted.__name__: planted
     for planted in (
@@ -127,5 +199,12 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         tail_taken_for_synced,
         filtered_in_memory,
         name_without_sync,
+        quarantined_without_sync,
+        end_after_a_pause,
+        stream_waits_for_those_who_closed,
+        producers_forgotten,
+        stream_renamed_by_a_retry,
+        stream_name_given_twice,
+        spool_never_compacted,
     )
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.storage_simulation.world import run_history
 
@@ -28,37 +29,47 @@ class Failure:
 
 @dataclass(slots=True)
 class Outcome:
-    """What many histories showed."""
+    """What many histories showed.
+
+    Attributes
+    ----------
+    histories, steps, seconds
+        How many, of how many steps before their ends, and how long a processor took for them.
+    seen
+        How often what happened in them.
+    failure
+        The first that failed; None if none did.
+    """
 
     histories: int = 0
     steps: int = 0
-    confirmed: int = 0
     seconds: float = 0.0
+    seen: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
 
 
 def run_many(seeds: Iterable[int], steps: int, until_s: float = float("inf")) -> Outcome:
     """Let histories of so many steps happen, until one fails or the time is over."""
     outcome = Outcome()
-    begin = time.perf_counter()
+    begin = time.process_time()
     for seed in seeds:
         failure = failure_of(seed, steps)
         if isinstance(failure, Failure):
             outcome.failure = failure
         else:
-            outcome.confirmed += failure
+            outcome.seen += failure
         outcome.histories += 1
         outcome.steps += steps
-        outcome.seconds = time.perf_counter() - begin
+        outcome.seconds = time.process_time() - begin
         if outcome.failure is not None or outcome.seconds > until_s:
             break
     return outcome
 
 
-def failure_of(seed: int, steps: int) -> Failure | int:
-    """Let one history happen; return how it fails, or how many events it confirmed."""
+def failure_of(seed: int, steps: int) -> Failure | Counter[str]:
+    """Let one history happen; return how it fails, or what was seen in it."""
     try:
-        return run_history(seed, steps).confirmed
+        return run_history(seed, steps).ledger.seen
     except Exception as error:
         return Failure(seed, steps, f"{type(error).__name__}: {error}"[:500])
 

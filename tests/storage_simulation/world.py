@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from unittest import mock
 
 from peaknet_predict.cxi.writer import CxiWriter
-from peaknet_predict.queues.records import Record
-from peaknet_predict.queues.spool import Spool
+from peaknet_predict.queues.quarantine import Quarantine, read_index
 from peaknet_predict.queues.state import QueueState
-from peaknet_predict.queues.synced_mark import MarkFile
+from peaknet_predict.types import EventId
 from tests.storage_simulation import cxi_on_disk
-from tests.storage_simulation.disk import Disk, Killed, PowerCut, ProcessDisk
-from tests.storage_simulation.nodes import (
+from tests.storage_simulation.disk import Disk, ProcessDisk
+from tests.storage_simulation.ledger import Ledger
+from tests.storage_simulation.producers import Feed, PsanaJob
+from tests.storage_simulation.queue_process import (
     LEASE_S,
-    MAX_LOSSES,
-    STREAM,
-    Feed,
+    PRODUCER_TIMEOUT_S,
+    TICK_S,
     Node,
-    Predictor,
     QueueProcess,
-    Reader,
     SimulatedSpool,
-    Writer,
-    event_of,
 )
+from tests.storage_simulation.readers import Hoarder, Predictor, Reader, Writer
 
-_DRAINING = 40_000  # steps within which all that is left has to come to its end
+_BEATS = 5  # ticks between two signs of life
 
 
 class World:
-    """Programs on one machine: a producer, two queues, two predictors and a writer.
+    """Programs on one machine: producers, two queues, predictors and a writer; run after run.
 
     Parameters
     ----------
@@ -41,17 +36,23 @@ class World:
 
     Attributes
     ----------
-    confirmed
-        Events with an idx below this have been confirmed to the producer.
+    ledger
+        What has been promised to whom.
     log
         What happened, to explain a failure.
+    run_number, writer_number
+        Which run goes on, and which stream of results is written.
+    input_told, output_told, output_was_told
+        Whether any reader of the run has been told the end; or an end that silence made.
+    output_closing, output_closed
+        Whether a predictor is closing the results' stream for all, and whether that is on disk.
     """
 
     def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.disk = Disk(self.rng)
+        self.rng = rng = random.Random(seed)
+        self.disk = Disk(rng)
+        self.ledger = Ledger()
         self.now = 0.0
-        self.confirmed = 0
         self.steps = 0
         self.log: list[str] = []
         for path in ("/spools", "/cxi"):
@@ -60,66 +61,55 @@ class World:
         self.disk.root.sync()
         self.input = QueueProcess(self, "input")
         self.output = QueueProcess(self, "output")
-        self.feed = Feed(self)
-        self.predictors = [Predictor(self, f"predictor {k}") for k in range(2)]
-        self.writer = Writer(self)
         self.queues = [self.input, self.output]
-        self.readers: list[Reader] = [*self.predictors, self.writer]
-        self.nodes: list[Node] = [*self.queues, self.feed, *self.readers]
-        self._faults = True
-        self._disk_is_bad = False
-        self._segment_bytes = self.rng.choice((1500, 4000, 20_000))
-        self._capacity = self.rng.choice((5, 20, 60))
-        self._events_per_file = self.rng.choice((2, 5, 9))
-        self._loss = self.rng.choice((0.0, 0.02, 0.1))
-        # Histories differ in what goes wrong in them.
-        often = self.rng.choice((0.3, 1.0, 3.0))
-        self._actions: list[tuple[Callable[[], None], float]] = [
-            (self._step_feed, 10.0),
-            (self._step_predictors, 24.0),
-            (self._step_writer, 16.0),
-            (self._begin_sync, 8.0),
-            (self._end_sync, 10.0),
-            (self._tick, 4.0),
-            (self._heartbeat, 4.0),
-            (self._restart, 6.0),
-            (self._pass_time, 0.4),
-            (self._kill, 0.4 * often),
-            (self._doom, 0.8 * often),
-            (self._cut_power, 0.15 * often),
-            (self._fill_disk, 0.2 * often * self.rng.choice((0, 1, 4))),
-            (self._spoil_disk, 0.2 * often * self.rng.choice((0, 1, 4))),
-            (self._mend_disk, 0.8),
-            (self._flip_a_bit, 0.2 * often * self.rng.choice((0, 1))),
-        ]
+        self.predictors = [Predictor(self, k, 2) for k in range(2)]
+        self.writer = Writer(self)
+        self.hoarder = Hoarder(self)
+        self.readers: list[Reader] = [*self.predictors, self.writer, self.hoarder]
+        self.producers: list[Feed | PsanaJob] = []
+        self.run_number = self.writer_number = 0
+        self.loss = rng.choice((0.0, 0.02, 0.1))  # of answers
+        self.disk_is_bad = False
+        self.segment_bytes = rng.choice((1500, 4000, 20_000))
+        self.quarantine_bytes = rng.choice((10**9, 10**9, 300))
+        self._capacity = rng.choice((5, 20, 60)), rng.choice((10**9, 10**9, 300))
+        self._max_losses = 12  # chance alone should hardly ever make an event a poison message
+        self._most = rng.choice((3, 20, 80))  # events of a producer
+        self._events_per_file = rng.choice((3, 8, 20))
+        self._openings_at_end: dict[tuple[str, int], int] = {}  # of each stream that was read
+        self._foreign = rng.choice((0.0, 0.3, 1.0))  # how many runs are fed by psana-ray
+        self.begin_run()
 
-    def run(self, steps: int) -> None:
-        """Let so many things happen, and then, without faults, let all come to its end."""
-        actions, weights = zip(*self._actions, strict=True)
-        for action in self.rng.choices(actions, weights, k=steps):
-            self._do(action)
-            self._check_balance()
-        self.finish()
+    @property
+    def nodes(self) -> list[Node]:
+        """All processes."""
+        return [*self.queues, *self.producers, *self.readers]
 
-    def finish(self) -> None:
-        """Mend and restart everything, and bring all that is under way to its end."""
-        self._faults = self._disk_is_bad = False
-        self._loss = 0.0
-        self.disk.capacity = None
-        for queue in self.queues:
-            if queue.flipped is not None:
-                queue.flip_back()
-        for node in self.nodes:
-            node.dies_after = None
-        self.feed.die()
-        for _ in range(_DRAINING):
-            self._do(self._drain_a_little)
-            if self._is_drained():
-                break
+    @property
+    def is_run_over(self) -> bool:
+        """Whether readers of both queues have been told the end."""
+        told = self.output_told or (self.output_was_told and self.output_closed)
+        return self.input_told and told
+
+    def begin_run(self) -> None:
+        """Start another run, for readers that have been told the end of the one before."""
+        self.run_number += 1
+        self.writer_number += 1
+        self.input_told = self.output_told = self.output_was_told = False
+        self.output_closing = self.output_closed = False
+        self.producers = [one for one in self.producers if one.may_start()]
+        rng, run = self.rng, self.run_number
+        if rng.random() < self._foreign:
+            self.producers.append(
+                PsanaJob(self, run, rng.choice((1, 3)), rng.randint(1, self._most))
+            )
         else:
-            raise AssertionError(f"it does not come to its end: {self._state()}")
-        # What has been settled must survive whatever comes.
-        self._cut_power_now()
+            of = rng.choice((1, 1, 2))
+            self.producers += [
+                Feed(self, run, k, of, rng.randint(0, self._most)) for k in range(of)
+            ]
+        for reader in self.readers:
+            reader.die()
 
     # What programs ask of the world.
 
@@ -129,7 +119,7 @@ class World:
 
     def fault(self, call: str) -> str | None:
         """Say which fault the disk shows in a call."""
-        if not self._disk_is_bad:
+        if not self.disk_is_bad:
             return None
         chance = self.rng.random()
         if call == "fsync":
@@ -140,36 +130,35 @@ class World:
 
     def answers(self) -> bool:
         """Whether an answer arrives."""
-        return self.rng.random() >= self._loss
+        return self.rng.random() >= self.loss
 
     def clock(self) -> float:
         """Return the time."""
         return self.now
 
-    def confirm(self, below: int) -> None:
-        """Hear that the producer has been told of events that they are safe."""
-        self.confirmed = max(self.confirmed, below)
+    def queue_died(self, queue: QueueProcess) -> None:
+        """Hear that a queue's process is dead: programs that know only ``put`` end with it."""
+        if queue is self.input:
+            for producer in self.producers:
+                if isinstance(producer, PsanaJob):
+                    producer.die()
 
-    def put(self, queue: QueueProcess, producer: str, records: Sequence[Record]) -> int:
-        """Put records; open the queue if that has not been done."""
-        try:
-            return queue.state.put(producer, records)
-        except ValueError:
-            queue.state.open(producer)
-            return 0
-
-    def make_spool(self, directory: str, disk: ProcessDisk) -> Spool:
+    def make_spool(self, queue: QueueProcess) -> SimulatedSpool:
         """Return a queue's spool."""
-        return SimulatedSpool(directory, self._segment_bytes, fs=disk)
+        return SimulatedSpool(queue.directory, self.segment_bytes, fs=queue.disk)
+
+    def make_quarantine(self, queue: QueueProcess) -> Quarantine:
+        """Return a queue's quarantine; both have the same directory."""
+        return Quarantine("/quarantine", self.quarantine_bytes, queue=queue.name, fs=queue.disk)
 
     def make_state(self, queue: QueueProcess) -> QueueState:
         """Return a queue's state."""
         return QueueState(
             "events" if queue is self.input else "results",
-            *(self._capacity, 10**9, LEASE_S, 1e9, MAX_LOSSES),
+            *(*self._capacity, LEASE_S, PRODUCER_TIMEOUT_S, self._max_losses),
             uid=queue.name,
             first_token=queue.first_token,
-            clock=self.clock,
+            clock=queue.clock,
             quarantine=lambda entry, reason: queue.quarantine.keep(
                 entry.id, reason, entry.record, entry.losses
             ),
@@ -183,130 +172,119 @@ class World:
             events_per_file=self._events_per_file,
             min_peaks=1,
             max_peaks=2,
+            run=writer.group,
             owner=writer.holder,
             still_ours=writer.still_ours,
         )
 
-    # What the scheduler does.
+    # What must hold at every moment.
 
-    def _do(self, action: Callable[[], None]) -> None:
-        self.steps += 1
-        self.now += 0.05
-        try:
-            action()
-        except Killed as death:
-            self._bury(death)
-        except PowerCut:
-            self._cut_power_now()
+    def check_memory(self, queue: QueueProcess) -> None:
+        """A queue that has just started knows all that it has ever confirmed."""
+        keys = queue.state.keys
+        if queue is self.input:
+            for (stream, rank), below in self.ledger.below.items():
+                found = keys.first_missing(stream, rank)
+                assert found >= below, f"forgotten: {stream} {rank} from {found} on, of {below}"
+        else:
+            forgotten = [key for key in self.ledger.delivered if key not in keys]
+            assert not forgotten, f"forgotten: results {forgotten}"
 
-    def _bury(self, death: Killed) -> None:
-        node: Node = death.args[0]
-        self.note(f"{node.name} dies")
-        node.die()
+    def tell_end(self, queue: QueueProcess, run: int) -> None:
+        """Hear that a reader has been told the end."""
+        openings = self._openings_at_end.get((queue.name, run), 0)
+        queue.openings_ended = max(queue.openings_ended, openings)
+        if queue is self.input:
+            self.input_told |= run == self.run_number
+        elif run == self.writer_number and self.output_closing:
+            self.output_told = self.output_closed = True
+        elif run == self.writer_number:
+            # Silence made this end: whoever writes the files starts another writer.
+            self.writer_number += 1
+            self.output_was_told = True
 
-    def _step_feed(self) -> None:
-        if self.feed.is_alive and self.input.is_alive:
-            self.feed.step()
+    def check_end(self, queue: QueueProcess, run: int) -> None:
+        """The end may be told: all producers have closed or are silent, and all is settled."""
+        self._openings_at_end[queue.name, run] = queue.openings
+        if run != (self.run_number if queue is self.input else self.writer_number):
+            return  # what one reader of a run was told holds for all of them
+        self.ledger.seen[f"ends of the {queue.name}"] += 1
+        begun = queue.openings > queue.openings_ended
+        assert begun, f"run {run} is told the end of an earlier one by the {queue.name}"
+        for producer in queue.parts:
+            assert queue.may_be_closed(producer), f"the end is told while {producer} is alive"
+            self.ledger.seen["parts closed for silence"] += 1
+        refused = {
+            EventId(line["stream"], line["rank"], line["idx"])
+            for line in read_index("/quarantine", ProcessDisk(self.disk, lambda call: None))
+        }
+        if queue is self.input:
+            for job in self.producers:
+                if isinstance(job, PsanaJob):
+                    assert not (job.is_alive and job.has_put), "the end before psana-ray's"
+            at_end = {self.ledger.serials.get(key) for key in refused}
+            at_end |= set(self.ledger.delivered.values())
+            left = sorted(self.ledger.confirmed - at_end)
+            assert not left, f"the input tells the end before these are settled: {left}"
+        else:
+            missing = set(self.ledger.delivered) - self.ledger.written - refused
+            assert not missing, f"the output tells the end before these are: {sorted(missing)}"
 
-    def _step_predictors(self) -> None:
-        alive = [predictor for predictor in self.predictors if predictor.is_alive]
-        if alive and self.input.is_alive:
-            self.rng.choice(alive).step()
+    def check_balance(self) -> None:
+        """Every accepted event is in one state; names and spools do not grow without bound."""
+        for queue in self.queues:
+            if not queue.is_alive:
+                continue
+            state = queue.state
+            left = len(state.ready) + len(state.leases) + len(state.settlements)
+            assert state.accepted == state.acknowledged + state.quarantined + left
+        names = {key.stream for key in self.ledger.serials if "#" in key.stream}
+        starts = self.ledger.seen["starts of psana-ray"]
+        assert len(names) <= 2 * starts, f"{starts} starts of psana-ray have {len(names)} names"
 
-    def _step_writer(self) -> None:
-        if self.writer.is_alive:
-            self.writer.step()
+    def check_size(self, queue: QueueProcess) -> None:
+        """Beside one event that is kept, a spool is not much larger than two segments."""
+        limit = 5 * self.segment_bytes + 1000
+        assert queue.spool_bytes <= limit, f"one event keeps {queue.spool_bytes} bytes"
+        self.ledger.seen["spools beside one event"] += 1
 
-    def _begin_sync(self) -> None:
-        ready = [queue for queue in self.queues if queue.sync is None and queue.tickets]
-        if ready:
-            self.rng.choice(ready).begin_sync()
+    # Time.
 
-    def _end_sync(self) -> None:
-        ready = [queue for queue in self.queues if queue.sync is not None]
-        if ready:
-            self.rng.choice(ready).end_sync()
+    def elapse(self, seconds: float, stopped: list[Node]) -> None:
+        """Let time pass, in which some processes are stopped and the others say they are alive."""
+        running = [queue for queue in self.queues if queue not in stopped]
+        for queue in self.queues:
+            if queue in stopped:
+                queue.ran_s += min(seconds, 2 * TICK_S)  # so much it may take for its own time
+        end, beats = self.now + seconds, 0
+        while self.now < end:
+            step = min(TICK_S, end - self.now)
+            self.now += step
+            for queue in running:
+                queue.run_for(step)
+            beats += 1
+            if beats % _BEATS == 0:
+                self._beat(running, stopped)
 
-    def _tick(self) -> None:
-        queue = self.rng.choice(self.queues)
-        if queue.is_alive:
-            queue.tick()
+    def _beat(self, running: list[QueueProcess], stopped: list[Node]) -> None:
+        alive = [queue.is_alive for queue in self.queues]
+        for queue in self.queues:
+            queue.is_alive = queue.is_alive and queue in running
+        for node in self.nodes:
+            if node.is_alive and node not in stopped:
+                node.say_alive()
+        for queue, is_alive in zip(self.queues, alive, strict=True):
+            if queue.is_alive:
+                queue.state.tick()
+            queue.is_alive = is_alive
 
-    def _heartbeat(self) -> None:
-        for reader in self.readers:
-            if reader.is_alive and reader.queue.is_alive:
-                reader.queue.state.heartbeat(reader.holder, [])
-
-    def _restart(self) -> None:
-        dead = [node for node in self.nodes if not node.is_alive and node is not self.feed]
-        if self._faults and not self.feed.is_alive:
-            dead.append(self.feed)
-        for node in self.rng.sample(dead, self.rng.randint(0, len(dead))):
-            node.start()
-
-    def _pass_time(self) -> None:
-        self.now += self.rng.choice((1.0, LEASE_S + 1.0))
-
-    def _kill(self) -> None:
-        node = self.rng.choice(self.nodes)
-        if node.is_alive:
-            self.note(f"{node.name} is killed")
-            node.die()
-
-    def _doom(self) -> None:
-        node = self.rng.choice(self.nodes)
-        if node.is_alive:
-            node.dies_after = self.rng.randint(0, 40)
-            node.dies_of = self.rng.choice((Killed, Killed, PowerCut))
-
-    def _cut_power(self) -> None:
-        raise PowerCut
-
-    def _cut_power_now(self) -> None:
+    def cut_power(self) -> None:
+        """Let all processes die, and lose what is not on disk."""
         self.note("the power fails")
+        self.ledger.seen["power cuts"] += 1
         for node in self.nodes:
             node.die()
         self.disk.lose_power()
-
-    def _fill_disk(self) -> None:
-        self.disk.capacity = self.disk.used + self.rng.choice((0, 10, 500, 3000))
-        self.note(f"the disk is full at {self.disk.capacity} bytes")
-
-    def _spoil_disk(self) -> None:
-        self._disk_is_bad = True
-        self.note("the disk is bad")
-
-    def _mend_disk(self) -> None:
-        self._disk_is_bad = False
-        self.disk.capacity = None
-
-    def _flip_a_bit(self) -> None:
-        queue = self.rng.choice(self.queues)
-        places = [] if queue.is_alive or queue.flipped else self._places_to_flip(queue)
-        if not places:
-            return
-        path, size = self.rng.choice(places)
-        queue.flipped = path, self.rng.randrange(size), self.rng.randrange(8)
-        self.note(f"bit {queue.flipped} flips")
-        self.flip(*queue.flipped)
-
-    def _places_to_flip(self, queue: QueueProcess) -> list[tuple[str, int]]:
-        """Return files of a spool, each with how many bytes of it are known to have been synced."""
-        places: list[tuple[str, int]] = []
-        disk = ProcessDisk(self.disk, lambda call: None)
-        mark = MarkFile(Path(queue.directory) / "synced", disk).mark
-        if mark is None:
-            return places
-        for path, file in self.disk.files(queue.directory):
-            name = path.rpartition("/")[2]
-            if name == "synced":
-                places.append((path, len(file.data)))
-            elif name.endswith(".spool"):
-                number = int(name.removesuffix(".spool"))
-                size = len(file.data) if number < mark.number else mark.size
-                if number <= mark.number and size:
-                    places.append((path, size))
-        return places
 
     def flip(self, path: str, position: int, bit: int) -> None:
         """Flip a bit of a file, wherever it is kept."""
@@ -318,65 +296,11 @@ class World:
                     changed[position] ^= 1 << bit
                     file.on_disk = bytes(changed)
 
-    # The end of a history.
-
-    def _drain_a_little(self) -> None:
-        action = self.rng.choice(
-            (
-                self._step_predictors,
-                self._step_predictors,
-                self._step_writer,
-                self._drain_queues,
-                self._drain_writer,
-                self._restart,
-                self._tick,
-            )
-        )
-        action()
-
-    def _drain_queues(self) -> None:
-        for queue in self.queues:
-            if queue.is_alive:
-                if queue.sync is None:
-                    queue.begin_sync()
-                queue.end_sync()
-        if self.rng.random() < 0.1:
-            self.now += LEASE_S + 1.0  # for what the dead have left
-        self._heartbeat()
-        self._tick()
-
-    def _drain_writer(self) -> None:
-        if self.writer.is_alive and self.writer.queue.is_alive and not self.writer.held:
-            self.writer.flush()
-            self.writer.acknowledge()
-
-    def _is_drained(self) -> bool:
-        if not all(queue.is_alive for queue in self.queues):
-            return False
-        for queue in self.queues:
-            state = queue.state
-            if len(state) or len(state.leases) or len(state.settlements):
-                return False
-        return True
-
-    def _state(self) -> str:
-        alive = {queue.name: queue.state.statistics() for queue in self.queues if queue.is_alive}
-        return f"{alive}, log {self.log[-20:]}"
-
-    def _check_balance(self) -> None:
-        if self.steps % 16:
-            return
-        for queue in self.queues:
-            if not queue.is_alive:
-                continue
-            state = queue.state
-            left = len(state.ready) + len(state.leases) + len(state.settlements)
-            assert state.accepted == state.acknowledged + state.quarantined + left
-
 
 def run_history(seed: int, steps: int) -> World:
     """Let one history happen; raises AssertionError if something is lost, doubled or damaged."""
     from tests.storage_simulation.check import check_all_places
+    from tests.storage_simulation.scheduler import Scheduler
 
     world = World(seed)
     tokens = random.Random(seed)
@@ -384,11 +308,10 @@ def run_history(seed: int, steps: int) -> World:
         cxi_on_disk.exchanged(),
         mock.patch("time.time", world.clock),
         mock.patch("time.monotonic", world.clock),
+        mock.patch("os.getpid", return_value=1),
         mock.patch("secrets.token_hex", lambda length: f"{tokens.getrandbits(8 * length):x}"),
     ):
-        world.run(steps)
+        scheduler = Scheduler(world)
+        scheduler.run(steps)
         check_all_places(world)
     return world
-
-
-__all__ = ["STREAM", "World", "event_of", "run_history"]
