@@ -1,15 +1,18 @@
 """Queues, spools, quarantine and CXI writer on a simulated disk: many seeds, many steps each.
 
-A producer, two queues, two predictors and a writer run in one process, on a disk in memory that
-tears, drops and reorders what is not synced, fails, fills up and flips bits, and with processes
-that die at any call of the disk. In the end every confirmed event must be in exactly one place,
-with its bytes. The same seed makes the same history; of one that fails, the shortest beginning
-that still does is looked for::
+Producers (our own, and one that knows only ``put``, as psana-ray's), two queues, two predictors and
+a writer run in one process, run after run, on a disk in memory that tears, drops and reorders what
+is not synced, fails, fills up and flips bits, and with processes that die at any call of the disk,
+are stopped for a while, or vanish. In the end every confirmed event must be in exactly one place,
+with its bytes; no reader may be told an end before it is one, and each must be told in the end. The
+same seed makes the same history; of one that fails, the shortest beginning that still does is
+looked for::
 
     python -m benchmarks.reliability.storage_simulation --seeds 2000 --steps 500
         [--first 0] [--planted]
 
 With ``--planted``, faults that were in the code are put back one by one, and each has to be found.
+Seconds are those of the processor, so that they say the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -51,10 +54,13 @@ def _find_planted(seeds: range, steps: int) -> int:
     for name, planted in PLANTED.items():
         with planted():
             outcome = run_many(seeds, steps, until_s=_PLANTED_S)
-        found = outcome.failure
-        missed += found is None
-        what = "NOT FOUND" if found is None else found.what
-        print(f"{name}: seed {outcome.histories}, {outcome.seconds:.0f} s: {what[:80]}")
+            found = outcome.failure
+        searched = f"{outcome.histories} histories, {outcome.seconds:.0f} s"
+        if found is None:
+            missed += 1
+            print(f"{name}: NOT FOUND in {searched}")
+        else:
+            print(f"{name}: seed {found.seed}; {searched}: {found.what[:80]}", flush=True)
     return 1 if missed else 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from peaknet_predict.cxi.file import CxiSummary, read_summary
 from peaknet_predict.cxi.journal import JournalContents, read_journal
 from peaknet_predict.keys import KeySet
-from peaknet_predict.process.files import expanded, sync_directory, sync_name
+from peaknet_predict.process.files import expanded, sync_directory, sync_name, write_again
 from peaknet_predict.types import ANYONE, EventId
 
 logger = logging.getLogger(__name__)
@@ -217,17 +217,27 @@ class CxiDirectory:
                 self.known.add(key)
 
     def _look_up(self) -> None:
-        """Read files and journals that have not been read yet."""
-        for name in sorted(os.listdir(self.path)):
-            if self._finished.fullmatch(name):
-                self.summary_of(name)
-            elif name.startswith(f"{self.prefix}_journal_") and name.endswith(".jsonl"):
-                self._read_journal(name)
+        """Read files and journals that have not been read yet.
+
+        Their events are acknowledged without being written again, and a writer may have died before
+        its last name or line was on disk.
+        """
+        names = sorted(os.listdir(self.path))
+        finished = [name for name in names if self._finished.fullmatch(name)]
+        begins = f"{self.prefix}_journal_"
+        journals = [name for name in names if name.startswith(begins) and name.endswith(".jsonl")]
+        if not {*finished, *journals} <= {*self._summaries, *self._journals}:
+            sync_directory(self.path)
+        for name in finished:
+            self.summary_of(name)
+        for name in journals:
+            self._read_journal(name)
 
     def _read_journal(self, name: str) -> None:
         size = (self.path / name).stat().st_size
         if self._journal_sizes.get(name) == size:
             return
+        write_again(self.path / name)
         journal = read_journal(self.path / name)
         if journal.damaged and name not in self._journals:
             logger.error(

@@ -161,6 +161,24 @@ def read_all(path: str | Path, fs: FileSystem = os) -> bytes:
         fs.close(file)
 
 
+def write_again(path: str | Path, fs: FileSystem = os) -> None:
+    """Make what is read from a file survive a power cut, even if its writer died before the sync.
+
+    After a failed sync the system may hold bytes that it will never write, and syncing succeeds:
+    only bytes that are written again are synced again. A file of another user is only synced.
+    """
+    content = read_all(path, fs)
+    try:
+        file = fs.open(str(path), os.O_WRONLY | os.O_CLOEXEC)
+    except PermissionError:
+        file, content = fs.open(str(path), os.O_RDONLY | os.O_CLOEXEC), b""
+    try:
+        write_all_at(file, content, 0, fs)
+        fs.fsync(file)
+    finally:
+        fs.close(file)
+
+
 def make_private_directory(directory: Path, fs: FileSystem = os) -> None:
     """Make a directory, and missing ones above it; only its owner may enter."""
     missing = []

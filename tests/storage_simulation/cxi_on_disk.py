@@ -144,6 +144,10 @@ def _write_whole(path: Any, data: bytes, private: bool = False, fs: Any = None) 
     files.write_whole(str(path), data, private, fs=_current.disk)
 
 
+def _write_again(path: Any, fs: Any = None) -> None:
+    files.write_again(str(path), fs=_current.disk)
+
+
 def _sync_directory(directory: Any, fs: Any = None) -> None:
     files.sync_directory(str(directory), fs=_current.disk)
 
@@ -162,6 +166,7 @@ EXCHANGED: dict[str, Any] = {
     "open": _open,
     "open_cxi": open_cxi,
     "write_whole": _write_whole,
+    "write_again": _write_again,
     "sync_directory": _sync_directory,
     "sync_name": lambda path: _sync_directory(path.parent),
 }

@@ -121,6 +121,11 @@ def name_without_sync() -> AbstractContextManager[None]:
     )
 
 
+def journal_believed() -> AbstractContextManager[None]:
+    """What a writer that has died left in its journal counts as on disk."""
+    return _planted(mock.patch.dict(cxi_on_disk.EXCHANGED, {"write_again": lambda path: None}))
+
+
 def quarantined_without_sync() -> AbstractContextManager[None]:
     """A rejected event is settled before its data are on disk."""
 
@@ -199,6 +204,7 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         tail_taken_for_synced,
         filtered_in_memory,
         name_without_sync,
+        journal_believed,
         quarantined_without_sync,
         end_after_a_pause,
         stream_waits_for_those_who_closed,

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 import tempfile
@@ -430,15 +431,16 @@ def test_failing_system_call_leaves_no_file(
 def test_directory_that_does_not_sync_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = os.fsync, iter(range(100))
+    real, fails = os.fsync, [True]
 
-    def fail_second(descriptor: int) -> None:
-        if next(calls) == 1:
+    def fail_once(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) and fails:
+            fails.clear()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail_second)
     writer = CxiWriter(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail_once)
     writer.add(make_result())
     with pytest.raises(CxiWriteError):
         writer.flush()

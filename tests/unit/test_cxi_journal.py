@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -139,6 +140,35 @@ def test_a_writer_reads_the_journals_of_others(tmp_path: Path) -> None:
     statistics = second.statistics
     assert (statistics.taken, statistics.duplicates) == (2, 1)
     assert (statistics.filtered, statistics.filtered_elsewhere) == (4, 3)
+
+
+def test_what_a_dead_writer_recorded_is_on_disk_before_it_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have died between the write and the sync, or its sync may have failed."""
+    path = journal_in(tmp_path, keys(1))
+    done: list[tuple[str, int]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def noting_pwrite(file: int, data: bytes, offset: int) -> int:
+        done.append((f"{bytes(data)!r} at {offset}", os.fstat(file).st_ino))
+        return pwrite(file, data, offset)
+
+    def noting_fsync(file: int) -> None:
+        done.append(("synced", os.fstat(file).st_ino))
+        fsync(file)
+
+    monkeypatch.setattr(os, "pwrite", noting_pwrite)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    writer = CxiWriter(tmp_path, min_peaks=1)
+    result = Result(keys(1)[0], np.zeros((1, 4, 4), np.uint16), np.zeros((0, 3)), 9000.0)
+    assert writer.add(result) == keys(1)
+    journal = path.stat().st_ino
+    assert [what for what, file in done if file == journal] == [
+        f"{path.read_bytes()!r} at 0",
+        "synced",
+    ]
+    assert ("synced", tmp_path.stat().st_ino) in done, "its name, and those of finished files"
 
 
 def test_damage_is_said_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
