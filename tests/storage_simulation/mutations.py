@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+from peaknet_predict.cxi import publisher
 from peaknet_predict.cxi.filtered import FilteredEvents
-from peaknet_predict.cxi.witness import Witness
 from peaknet_predict.process.files import write_all
 from peaknet_predict.queues.clock import RunningClock
 from peaknet_predict.queues.foreign_streams import ForeignStreams
@@ -33,14 +33,15 @@ def _planted(*patches: Any) -> Iterator[None]:
 
 def damaged_file() -> AbstractContextManager[None]:
     """A write that fails inside HDF5 is swallowed, and the file is not read back."""
+    write = publisher.write_cxi_file
 
-    def attempt(self: Witness, call: Callable[..., int], *args: Any) -> None:
-        with contextlib.suppress(Exception):
-            call(*args)
+    def forgiving(*args: Any) -> None:
+        with contextlib.suppress(OSError):
+            write(*args)
 
     return _planted(
-        mock.patch.object(Witness, "_attempt", attempt),
-        mock.patch("peaknet_predict.cxi.publisher.verify_cxi_file"),
+        mock.patch.object(publisher, "write_cxi_file", forgiving),
+        mock.patch.object(publisher, "verify_cxi_file"),
     )
 
 
