@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 from peaknet_predict.cxi import publisher
+from peaknet_predict.cxi.file import write_cxi_file
 from peaknet_predict.cxi.filtered import FilteredEvents
 from peaknet_predict.process.files import write_all
 from peaknet_predict.queues.clock import RunningClock
@@ -33,11 +34,10 @@ def _planted(*patches: Any) -> Iterator[None]:
 
 def damaged_file() -> AbstractContextManager[None]:
     """A write that fails inside HDF5 is swallowed, and the file is not read back."""
-    write = publisher.write_cxi_file
 
     def forgiving(*args: Any) -> None:
         with contextlib.suppress(OSError):
-            write(*args)
+            write_cxi_file(*args)
 
     return _planted(
         mock.patch.object(publisher, "write_cxi_file", forgiving),
@@ -122,11 +122,6 @@ def name_without_sync() -> AbstractContextManager[None]:
     )
 
 
-def journal_believed() -> AbstractContextManager[None]:
-    """What a writer that has died left in its journal counts as on disk."""
-    return _planted(mock.patch.dict(cxi_on_disk.EXCHANGED, {"write_again": lambda path: None}))
-
-
 def quarantined_without_sync() -> AbstractContextManager[None]:
     """A rejected event is settled before its data are on disk."""
 
@@ -205,7 +200,6 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         tail_taken_for_synced,
         filtered_in_memory,
         name_without_sync,
-        journal_believed,
         quarantined_without_sync,
         end_after_a_pause,
         stream_waits_for_those_who_closed,

@@ -212,7 +212,10 @@ class Predictor(Reader):
     def _close(self) -> None:
         """End the results' stream for all: the input's end means that nothing is under way."""
         output = self.world.output
-        if self._closing is None:
+        known = output.state.streams.to_json()
+        if self.producer not in (*known["open"], *known["closed"]):
+            self.die()  # its opening was lost with a full disk, so it has to be started again
+        elif self._closing is None:
             for name in [name for name in output.parts if name.startswith(self.producers)]:
                 del output.parts[name]
             self.world.output_closing = True
