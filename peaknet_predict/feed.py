@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import queue
 import secrets
 import socket
 import threading
@@ -33,6 +35,8 @@ _NEXT_STEP = (
 
 EVENTS_PER_PUT = 8
 """Most events per put: enough to hide a call, few enough to start the reader early."""
+
+_LOOK_S = 0.5  # how late a stop is noticed while a source gives nothing
 
 
 @dataclass(frozen=True)
@@ -172,22 +176,21 @@ def push(
     with stop_requests(grace_s) as stop:
         try:
             events = _identified(source, stream, rank, num_events, loop, first)
-            batches, put_s = _PutBatches(events, started, rate_hz), 0.0
-            while batch := batches.next(fed, put_s, stop):
-                read += len(batch)
-                if rate_hz is not None:
-                    stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
-                if stop.is_set():
-                    break
-                began = time.monotonic()
-                for event in batch:
-                    event.put_at = time.time()
-                fed += queue.producer.put(producer, batch, stop)
-                put_s = time.monotonic() - began
-                if last_words is not None:
-                    last_words.note(record())
+            reader = _ReadAhead(events, started, rate_hz)
+            with contextlib.closing(reader):
+                while batch := reader.next(fed, stop):
+                    read += len(batch)
+                    if rate_hz is not None:
+                        stop.wait(max(0.0, started + fed / rate_hz - time.monotonic()))
+                    if stop.is_set():
+                        break
+                    for event in batch:
+                        event.put_at = time.time()
+                    fed += queue.producer.put(producer, batch, stop)
+                    if last_words is not None:
+                        last_words.note(record())
             # A signal that comes with the last event interrupts nothing.
-            failure = "interrupted" if fed < read else None
+            failure = None if reader.ended and fed == read else "interrupted"
         except BaseException as error:
             failure = f"{type(error).__name__}: {error}"
             raise
@@ -262,43 +265,80 @@ def is_due(started: float, number: int, rate_hz: float | None) -> bool:
     return rate_hz is None or time.monotonic() >= started + number / rate_hz
 
 
-class _PutBatches:
-    """Groups events for one put each.
+class _ReadAhead:
+    """Reads a source in a thread of its own, and groups what is there for one put.
 
-    A failure of the source is raised after the events read before it have gone out.
+    Reading and putting overlap, and no event that has been read waits for one that has not: a
+    source that hangs keeps nothing back. What the source raises is raised here, once all that was
+    read before it has gone out.
+
+    Parameters
+    ----------
+    events
+        Of the source.
+    started
+        When event 0 was due, on the monotonic clock in seconds.
+    rate_hz
+        Events per second; with None every event is due.
+
+    Attributes
+    ----------
+    ended
+        Whether the source has been read to its end.
     """
 
     def __init__(self, events: Iterator[Event], started: float, rate_hz: float | None) -> None:
-        self._events = events
+        self.ended = False
         self._started = started
         self._rate_hz = rate_hz
-        self._failure: Exception | None = None
+        self._there: queue.Queue[Event | BaseException | None] = queue.Queue(EVENTS_PER_PUT)
+        self._failure: BaseException | None = None
+        self._over = threading.Event()
+        # A daemon: whoever has asked to stop does not wait for a source that hangs.
+        self._thread = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._thread.start()
 
-    def next(self, fed: int, put_s: float, stop: threading.Event) -> list[Event]:
-        """Return the next put's events: the next event, and those after it that are due by now.
+    def close(self) -> None:
+        """Read no further; do not wait for a source that hangs."""
+        self._over.set()
+        self._thread.join(2 * _LOOK_S)
 
-        ``put_s`` is how long the last put took. An event that took longer to read is the last of
-        its batch, so that no event of a slow source waits for the next one.
+    def next(self, fed: int, stop: threading.Event) -> list[Event]:
+        """Return the next put's events: what has been read and is due, or what comes first.
+
+        Empty at the source's end, or if there is nothing when ``stop`` is set.
         """
-        if self._failure is not None:
-            raise self._failure
         batch: list[Event] = []
-        while not batch or (
-            len(batch) < EVENTS_PER_PUT
-            and is_due(self._started, fed + len(batch), self._rate_hz)
-            and not stop.is_set()
-        ):
-            began = time.monotonic()
+        while not self.ended and len(batch) < EVENTS_PER_PUT:
+            if batch and not is_due(self._started, fed + len(batch), self._rate_hz):
+                break
             try:
-                event = next(self._events, None)
-            except Exception as error:
-                if not batch:
-                    raise
-                self._failure = error
-                break
-            if event is None:
-                break
-            batch.append(event)
-            if time.monotonic() - began > put_s:
-                break
+                found = self._there.get(block=not batch, timeout=_LOOK_S)
+            except queue.Empty:
+                if batch or stop.is_set():
+                    break
+                continue
+            if isinstance(found, Event):
+                batch.append(found)
+            else:
+                self.ended, self._failure = True, found
+        if not batch and self._failure is not None:
+            raise self._failure
         return batch
+
+    def _read(self, events: Iterator[Event]) -> None:
+        failure: BaseException | None = None
+        try:
+            for event in events:
+                if not self._offer(event):
+                    return
+        except BaseException as error:
+            failure = error
+        self._offer(failure)
+
+    def _offer(self, found: Event | BaseException | None) -> bool:
+        while not self._over.is_set():
+            with contextlib.suppress(queue.Full):
+                self._there.put(found, timeout=_LOOK_S)
+                return True
+        return False

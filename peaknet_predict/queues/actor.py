@@ -9,6 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.claim_check import (
+    Checked,
+    Claims,
+    Places,
+    Reference,
+    check_in,
+    check_out,
+)
 from peaknet_predict.queues.clock import RunningClock, Ticker
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.group_commit import GroupCommit
@@ -107,6 +115,7 @@ class QueueActor:
                     raise
                 # Nothing is taken before it is on disk: the spool begins another file first.
             found.entries = []  # the state's, from now on
+        self._claims = Claims()
         self._producers = WaitingCalls[bool](self._serve)
         self._readers = WaitingCalls[Delivery](self._serve)
         self._linger = Linger(LINGER_S, self._serve)
@@ -162,13 +171,20 @@ class QueueActor:
         self._change(lambda: self._state.close_group(prefix, failure, end_markers))
         await self._commit.wait_long(_BORDER_S)
 
-    async def put_many(self, call: tuple[str, Sequence[Record], float]) -> tuple[int, str | None]:
+    async def put_many(
+        self,
+        call: tuple[str, Sequence[Record], float],
+        elsewhere: tuple[list[Places], list[Reference]] | None = None,
+        *contents: Any,
+    ) -> tuple[int, str | None]:
         """Take records as room appears.
 
         Parameters
         ----------
         call
             The producer, the records, and for how many seconds to wait for room.
+        elsewhere, *contents
+            Where in lots the records' pixels lie, and the lots; and these as Ray has mapped them.
 
         Returns
         -------
@@ -176,6 +192,8 @@ class QueueActor:
             How many were taken, and what other than lack of room kept out the rest.
         """
         producer, records, timeout_s = call
+        if elsewhere is not None:
+            records = check_out(Checked(list(records), *elsewhere), contents, self._claims)
         taken = 0
 
         def put() -> bool | None:
@@ -211,7 +229,7 @@ class QueueActor:
         Returns
         -------
         tuple
-            The fields of a `Delivery`.
+            The fields of a `Delivery`; where in lots the records' pixels lie; and the lots.
         """
         group, holder, sequence, resumes, max_records, timeout_s = call
 
@@ -231,8 +249,19 @@ class QueueActor:
             )
         if delivery is not None and delivery.ended and await self._commit.wait() is not None:
             # What was settled last could come back, with nobody left to read it. It asks again.
-            return tuple(_NOTHING)
-        return tuple(delivery or _NOTHING)
+            delivery = None
+        delivery = delivery or _NOTHING
+        light = check_in(delivery.records, self._claims)
+        return tuple(delivery._replace(records=light.records)), light.places, light.lots
+
+    async def pixels(self, tokens: list[int]) -> dict[int, tuple[Any, Any]]:
+        """Return image and mask of leased records themselves; stale tokens are left out."""
+        records = {token: self._state.leases.record_of(token) for token in tokens}
+        return {
+            token: (record.image, record.bad_bits)
+            for token, record in records.items()
+            if isinstance(record, Event | Result)
+        }
 
     async def ack(self, tokens: list[int]) -> list[int]:
         """End leases whose records the next stage has; return the stale tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from peaknet_predict.queues.records import Entry
+from peaknet_predict.queues.records import Entry, Record
 
 
 @dataclass(slots=True)
@@ -96,6 +96,11 @@ class LeaseBook:
         """Return who holds under a token; None if it is not current."""
         lease = self._leases.get(token)
         return None if lease is None else lease[1]
+
+    def record_of(self, token: int) -> Record | None:
+        """Return what is held under a token; None if it is not current."""
+        lease = self._leases.get(token)
+        return None if lease is None else lease[0].record
 
     def held_alone(self, holder: str) -> Entry | None:
         """Return the record that a holder holds, if it holds exactly one."""

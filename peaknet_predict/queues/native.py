@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from peaknet_predict.queues.claim_check import Checked
 from peaknet_predict.queues.cluster import known_actors
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.held_leases import Finished, HeldLeases
+from peaknet_predict.queues.lots import Parcel, unpack
 from peaknet_predict.queues.records import ForeignItem, Kind, Record, purged
 from peaknet_predict.queues.roles import Taken
 from peaknet_predict.queues.statistics import QueueStatistics
@@ -65,17 +67,17 @@ class NativeProducer:
         """
         notice = WaitingNotice(f"queue {self._calls.settings.name!r} is full; waiting")
         accepted = 0
-        for left in _by_size([purged(record) for record in records]):
-            while left:
+        for group in _by_size([purged(record) for record in records]):
+            parcel = Parcel(group)
+            while parcel:
                 if stop is not None and stop.is_set():
                     return accepted
-                taken, problem = self._calls.call("put_many", (producer, left, _POLL_S))
-                left = left[taken:]
+                taken = parcel.offer(self._calls, producer, _POLL_S)
                 accepted += taken
                 if taken:
                     notice.reset()
                 else:
-                    notice.report(lambda why=problem: why or self._why_full())  # type: ignore[misc]
+                    notice.report(lambda why=parcel.problem: why or self._why_full())  # type: ignore[misc]
         return accepted
 
     def close(self, producer: str, failure: str | None = None, end_markers: int = 1) -> None:
@@ -145,16 +147,21 @@ class NativeReader:
         self.touch()
         sequence = next(self._sequence)
         call = (group, self.holder, sequence, self._resumes, max_records, timeout_s)
-        delivery = Delivery(*self._calls.call("get_many", call))
+        fields, places, lots = self._calls.call("get_many", call)
+        delivery = Delivery(*fields)
         self.flush_wanted = delivery.flush
         if delivery.tokens:
             self._notice.reset()
+            self._heartbeat.start()
         elif not delivery.ended:
             self._notice.report(self._why_empty)
         if delivery.ended:
             self.failures = delivery.failures
         taken: list[Taken] = []
-        for token, record in zip(delivery.tokens, delivery.records, strict=True):
+        for token, record in self._hold(delivery, Checked(delivery.records, places, lots)):
+            if not isinstance(record, ForeignItem):
+                taken.append(record)
+                continue
             parts = self._decode(record)
             if parts:
                 keys = [part.id for part in parts if part.id is not None]
@@ -162,8 +169,6 @@ class NativeReader:
             else:
                 self._calls.call("ack", [token])
             taken += parts
-        if delivery.tokens:
-            self._heartbeat.start()
         return taken, bool(delivery.ended)
 
     def ack(self, ids: Iterable[EventId]) -> None:
@@ -211,12 +216,23 @@ class NativeReader:
         if finished.rejected:
             self._calls.call("reject", finished.rejected)
 
-    def _decode(self, record: Record) -> list[Taken]:
-        if not isinstance(record, ForeignItem):
-            return [record]
+    def _hold(self, delivery: Delivery, checked: Checked) -> list[tuple[int, Record]]:
+        """Return what is leased, whole; what was taken back meanwhile is left out."""
+        leases = dict(zip(delivery.tokens, checked.records, strict=True))
+        # Held before their pixels are here, which may take a while.
+        for token, record in leases.items():
+            if not isinstance(record, ForeignItem):
+                self._held.add(token, [record.id], delivery.lost_by.get(token, ()))
+        if not checked.lots:
+            return list(leases.items())
+        whole = unpack(self._calls, delivery.tokens, checked)
+        self._held.forget({leases[token].id: token for token in leases if token not in whole})
+        return list(whole.items())
+
+    def _decode(self, item: ForeignItem) -> list[Taken]:
         if self._kind == "events":
-            return [item_to_event(record.payload, record.stream, record.position)]
-        return list(item_to_results(record.payload, record.stream, record.position))
+            return [item_to_event(item.payload, item.stream, item.position)]
+        return list(item_to_results(item.payload, item.stream, item.position))
 
     def _say_alive(self) -> None:
         self._acks.confirm()

@@ -22,9 +22,16 @@ _ACK_WAIT_S = 2.0
 
 
 def call_again(
-    handle: Any, name: str, method: str, *args: Any, patience_s: float = _OUTAGE_S
+    handle: Any,
+    name: str,
+    method: str,
+    *args: Any,
+    patience_s: float = _OUTAGE_S,
+    limit_s: float | None = None,
 ) -> Any:
     """Call a method of an actor, repeatedly while it is out of reach; return its answer.
+
+    With ``limit_s``, an answer is waited for that many seconds only.
 
     Raises
     ------
@@ -32,13 +39,15 @@ def call_again(
         If it has been out of reach for ``patience_s`` seconds.
     ray.exceptions.RayActorError
         If it is gone.
+    ray.exceptions.GetTimeoutError
+        If there was no answer within ``limit_s``.
     """
     import ray
 
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            return ray.get(getattr(handle, method).remote(*args))
+            return ray.get(getattr(handle, method).remote(*args), timeout=limit_s)
         except ray.exceptions.ActorUnavailableError as error:
             # The call may have been carried out; repeating it changes nothing.
             if time.monotonic() > deadline:
@@ -67,21 +76,28 @@ class ActorCalls:
         self.settings = settings
         self._given_up = False
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method and wait for its answer.
+    def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
+        """Call a method and wait for its answer, for ``limit_s`` seconds at most.
 
         Raises
         ------
         QueueError
             If the actor is gone, or has not answered for a minute; after that, for some seconds:
             a process that has given up must not wait a minute for each thing it does at its end.
+        ray.exceptions.GetTimeoutError
+            If there was no answer within ``limit_s``.
         """
         import ray
 
         patience_s = _GIVEN_UP_S if self._given_up else _OUTAGE_S
         try:
             answer = call_again(
-                self.handle, self.settings.name, method, *args, patience_s=patience_s
+                self.handle,
+                self.settings.name,
+                method,
+                *args,
+                patience_s=patience_s,
+                limit_s=limit_s,
             )
         except ray.exceptions.RayActorError as error:
             raise self.gone(error) from error

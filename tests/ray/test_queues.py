@@ -254,6 +254,8 @@ def test_a_stream_of_three_methods_ends_with_a_reason_if_its_producer_died_with_
     for idx in range(4):
         assert ray.get(handle.put.remote([7, idx, event(idx).image, 9000.0]))
     assert len(take(queue.reader, "r", 2, 5.0)[0]) == 2
+    while statistics(queue).acknowledged < 2:
+        time.sleep(0.01)
     os.kill(pid_of_actor(address), signal.SIGKILL)
     # psana-ray's producer would end here, with exit code 0.
     assert statistics(queue).open_producers == ["a program that knows only put"]
@@ -310,10 +312,10 @@ def test_every_event_crosses_once_however_full_the_queue(address: QueueAddress) 
     calls = queue.producer._calls
     call = calls.call
 
-    def counting(method: str, *args: Any) -> Any:
+    def counting(method: str, *args: Any, **limit: Any) -> Any:
         nonlocal sent
         sent += len(args[0][1]) if method == "put_many" else 0
-        return call(method, *args)
+        return call(method, *args, **limit)
 
     calls.call = counting  # type: ignore[method-assign]
     queue.producer.open("p")

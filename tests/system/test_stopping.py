@@ -190,7 +190,7 @@ def test_a_writer_whose_directory_is_gone_stops_at_once_and_the_next_writes_ever
     assert written(directory) == list(range(EVENTS)), said
 
 
-def test_a_second_signal_ends_a_producer_whose_source_hangs(
+def test_a_producer_whose_source_hangs_ends_when_it_is_asked(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
     words = (
@@ -198,13 +198,12 @@ def test_a_second_signal_ends_a_producer_whose_source_hangs(
         *("--source", "tests.helpers.failing.HangingSource", "--rate_hz", 100),
     )
     queue = connect_queue(address, "events")
-    command = Watched(*words, cwd=tmp_path, patient=True)
+    command = Watched(*words, cwd=tmp_path)
+    # What has been read is put, although the source does not come back with more.
     wait_until(lambda: statistics(queue).accepted == 5)
     command.ask_to_stop(signal.SIGINT)
-    assert command.process.poll() is None
-    command.stop_at_once(signal.SIGINT)
     command.finish(3)
     balance = json.loads((tmp_path / "feed_balance.json").read_text())
     assert balance["stages"]["feed"]["fed"] == balance["stages"]["input"]["accepted"] == 5
-    assert "KeyboardInterrupt" in balance["problem"]
+    assert balance["problem"] == "interrupted"
     assert statistics(queue).ended

@@ -60,7 +60,8 @@ class Client:
     ) -> Delivery:
         self.request += not repeat
         call = (self.reader, self.holder, self.request, False, most, timeout_s)
-        return Delivery(*await self.actor.get_many(call))
+        fields, _, _ = await self.actor.get_many(call)
+        return Delivery(*fields)
 
 
 async def put(actor: QueueActor, *numbers: int, timeout_s: float = MINUTES) -> int:

@@ -25,6 +25,7 @@ _KINDS: tuple[tuple[tuple[int, int, int], str], ...] = (
     ((1, 32, 32), "float32"),
     ((2, 16, 32), "uint16"),
     ((4, 8, 32), "int32"),
+    ((2, 48, 64), "float32"),  # large enough to lie in a lot of Ray's store
 )
 _EVENTS_PER_KIND = 100  # then the next shape and dtype: batches and files have one each
 _CELL = 8  # pixels along each edge of the cells that have one peak at most
