@@ -78,7 +78,7 @@ class Spool:
         try:
             with contextlib.ExitStack() as undo:
                 make_private_directory(self.directory, fs)
-                self._claimed = self._claim()
+                self._claimed = _claim(self.directory, fs)
                 undo.callback(fs.close, self._claimed)
                 self._mark = MarkFile(self.directory / "synced", fs)
                 undo.callback(self._mark.close)
@@ -100,7 +100,7 @@ class Spool:
         """Append a record; raises OSError, with nothing appended, if it cannot be written."""
         record = Unsettled(entry, self._order)
         record.size = self._append(Kind.PUT, *_put(record))
-        record.number, record.end = self._end
+        record.number, record.end = self._segment.number, self._segment.size
         self._order += 1
         self._live.add(record)
         self.replay.keys.add(entry.id)
@@ -161,12 +161,7 @@ class Spool:
     @property
     def position(self) -> tuple[int, int]:
         """How much has been appended, or is still to be: segment and bytes."""
-        number, size = self._end
-        return number, size + self._lacks_books
-
-    @property
-    def _end(self) -> tuple[int, int]:
-        return self._segment.number, self._segment.size
+        return self._segment.number, self._segment.size + self._lacks_books
 
     def close(self) -> None:
         """Let go of the files."""
@@ -175,18 +170,6 @@ class Spool:
         self._segment.close()
         self._mark.close()
         self._fs.close(self._claimed)
-
-    def _claim(self) -> int:
-        lock = self._fs.open(str(self.directory / "lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._fs.close(lock)
-            raise SpoolError(
-                f"the spool {self.directory} belongs to a queue that is alive; every queue needs "
-                "a directory of its own"
-            ) from error
-        return lock
 
     def _take_over(self, found: SpoolReader) -> None:
         """Go on from what was found, in a new segment."""
@@ -220,7 +203,7 @@ class Spool:
         if self._segment.is_over or self._segment.size > self._segment_bytes:
             self._begin_segment()
         size = self._segment.append(kind, skeleton, buffers)
-        self._live.resize(*self._end)
+        self._live.resize(*(self._segment.number, self._segment.size))
         return size
 
     def _begin_segment(self) -> None:
@@ -284,7 +267,7 @@ class Spool:
         if record is not None:
             with contextlib.suppress(OSError):
                 size = self._append(Kind.PUT, *_put(record))
-                self._live.move(record, *self._end, size)
+                self._live.move(record, *(self._segment.number, self._segment.size), size)
 
     def _delete_settled(self) -> None:
         """Delete the oldest segments, up to the first that is still needed."""
@@ -306,6 +289,19 @@ class Spool:
     def _remove(self, number: int) -> None:
         with contextlib.suppress(OSError):
             self._fs.unlink(str(path_of(self.directory, number)))
+
+
+def _claim(directory: Path, fs: FileSystem) -> int:
+    lock = fs.open(str(directory / "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        fs.close(lock)
+        raise SpoolError(
+            f"the spool {directory} belongs to a queue that is alive; every queue needs a "
+            "directory of its own"
+        ) from error
+    return lock
 
 
 def _note(entry: Entry) -> list[Any]:
