@@ -168,7 +168,7 @@ def drain(
     report = report or ConsumeReport(cxi=writer.statistics)
     report.interrupted = True  # until the end has been seen
     group = group or _new_group()
-    ended = cut_off = False
+    ended = cut_off = gave_up = False
     with stop_requests(grace_s) as stop:
         storage = _Storage(reader, writer, report, stop)
         try:
@@ -188,10 +188,14 @@ def drain(
             storage.settle(writer.close)
         except CxiWriteError as error:
             log.error("gave up: %s", error)
+            gave_up = True
         except KeyboardInterrupt:
             log.error("stopped at once: what is in no file goes back into the queue")
             cut_off, ended = True, False
         report.given_back = reader.release()
+    if (gave_up or cut_off) and report.given_back:
+        # An event that came again while its first copy was in hand is one lease.
+        report.given_back += max(0, report.unaccounted)
     if cut_off:
         report.taken += max(0, -report.unaccounted)  # leased, and no longer counted
     report.failures = reader.failures
