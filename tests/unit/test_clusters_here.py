@@ -18,9 +18,15 @@ from peaknet_predict.queues.clusters_here import (
     why_silent,
 )
 
-MINE = FoundCluster("10.0.0.1:6379", "ada", True, time.time() - 7999)
+NOW = time.time()
+MINE = FoundCluster("10.0.0.1:6379", "ada", True, NOW - 7999)
 OTHERS = replace(MINE, address="10.0.0.1:6380", user="bob", mine=False)
 EMBEDDED = replace(MINE, address="127.0.0.1:7000", embedded=True)
+
+
+@pytest.fixture(autouse=True)
+def _it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: NOW)  # however long the tests take
 
 
 def test_only_a_standing_cluster_of_this_user_counts() -> None:
