@@ -232,7 +232,9 @@ class Fuzz:
             fate.reasons.add(line["reason"])
             if sent.kind.fate == WRITTEN:
                 self.problems.append(f"{sent.kind.name}: in quarantine: {line['reason']}")
-            elif not sent.ours and sent.kind.fate not in line["reason"]:
+            elif not sent.ours and not {
+                part for part in (sent.kind.fate, "cannot be unpickled") if part in line["reason"]
+            }:
                 self.problems.append(f"{sent.kind.name}: reason: {line['reason']}")
         lost = [*self._by_stream.values(), *self._by_idx.values(), *self._nameless]
         self.problems += [f"{sent.kind.name}: lost" for sent in lost]
