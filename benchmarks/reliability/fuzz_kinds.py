@@ -129,7 +129,12 @@ class Slow:
     """Takes its time to become an object again."""
 
     def __reduce__(self) -> Any:
-        return time.sleep, (0.02,)
+        return _slowly, ()
+
+
+def _slowly() -> str:
+    time.sleep(0.02)
+    return "slow"  # and not None, which ends a stream
 
 
 class Unpicklable:
