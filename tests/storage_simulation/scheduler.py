@@ -176,6 +176,10 @@ class Scheduler:
                 break
         self._hoarder_keeps = False
         if self._is_alone(hoarder):
+            # What has been moved forward stays where it was until that is on disk.
+            if queue.sync is None:
+                queue.begin_sync()
+            queue.end_sync()
             queue.tick()
             world.check_size(queue)
 
