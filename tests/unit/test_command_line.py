@@ -63,6 +63,7 @@ def test_an_unknown_name_lists_those_there_are(
         find_config(wrong)
 
 
+@pytest.mark.thorough
 def test_names_are_merged_like_paths() -> None:
     named = printed("predict", "-c", "demo", "-c", "topology/one_gpu")
     paths = [str(CONFIGS / "demo.yaml"), str(CONFIGS / "topology" / "one_gpu.yaml")]
@@ -175,6 +176,7 @@ def test_an_error_is_one_sentence(words: list[str], sentence: str, said: Any) ->
     assert len(complaint) < 300
 
 
+@pytest.mark.thorough
 def test_wrong_weights_are_one_sentence_too(said: Any) -> None:
     words = ["--model.init_args.net.init_args.weights", "gone.pt", "-c", "topology/cpu"]
     assert main(["predict", "-c", "demo", *words]) == 1
@@ -183,6 +185,7 @@ def test_wrong_weights_are_one_sentence_too(said: Any) -> None:
     assert "\n" not in complaint
 
 
+@pytest.mark.thorough
 def test_what_a_configuration_lacks_may_come_in_a_later_one(tmp_path: Path) -> None:
     """Neither class path nor order matters: what is merged is complete."""
     mine = tmp_path / "mine.yaml"
@@ -244,6 +247,7 @@ def test_run_sees_from_a_file_what_reads_it(kind: str, tmp_path: Path) -> None:
     assert source["class_path"] == f"peaknet_predict.sources.{named}"
 
 
+@pytest.mark.thorough
 def test_the_options_of_run_reach_what_they_are_for(tmp_path: Path) -> None:
     files = str(KINDS["Jungfrau 4M, CXI"](tmp_path).path)
     words = predict_words(
