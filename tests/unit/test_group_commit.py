@@ -81,7 +81,7 @@ def test_begin_and_end_of_a_stream_are_on_disk_before_anybody_is_told(
     disk = FailingDisk()
 
     async def get(actor: QueueActor, request: int) -> Delivery:
-        return Delivery(*await actor.get_many(("r", "holder", request, False, 1, 0.1)))
+        return Delivery(*(await actor.get_many(("r", "holder", request, False, 1, 0.1)))[0])
 
     async def run() -> None:
         actor = QueueActor("events", address)

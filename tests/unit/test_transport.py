@@ -20,7 +20,7 @@ def test_who_has_given_up_waits_no_minute_for_every_thing_at_its_end(
         nonlocal now
         now += seconds
 
-    def get(reference: Any) -> str:
+    def get(reference: Any, timeout: float | None) -> str:
         if not is_there:
             raise ray.exceptions.ActorUnavailableError("on its way back", None)
         return "an answer"
