@@ -153,10 +153,10 @@ class QueueActor:
         """Return protocol version, kind, name and settings."""
         return Description(PROTOCOL, self._state.kind, self._state.streams.uid, self._address)
 
-    async def open(self, producer: str, of: int) -> None:
-        """Announce a producer; ``of`` is how many there are in all."""
+    async def open(self, producer: str, of: int) -> str | None:
+        """Announce a producer, one of ``of``; return why that is not on disk, None if it is."""
         self._change(lambda: self._state.open(producer, of))
-        await self._commit.wait_long(_BORDER_S)
+        return await self._commit.wait_long(_BORDER_S)
 
     async def close(self, producer: str, failure: str | None, end_markers: int) -> None:
         """End a producer's part of the stream.

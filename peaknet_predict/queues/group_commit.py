@@ -58,11 +58,18 @@ class GroupCommit:
             self._synced, self.problem = reached, None
             return None
 
-    async def wait_long(self, timeout_s: float = math.inf) -> None:
-        """Return once everything that was appended up to now is on disk, or when time is over."""
+    async def wait_long(self, timeout_s: float = math.inf) -> str | None:
+        """Wait until everything that was appended up to now is on disk, or time is over.
+
+        Returns
+        -------
+        str or None
+            Why it is not on disk; None if it is.
+        """
         deadline = time.monotonic() + timeout_s
-        while await self.wait() is not None and time.monotonic() < deadline:
+        while (problem := await self.wait()) is not None and time.monotonic() < deadline:
             await asyncio.sleep(_PAUSE_S)
+        return problem
 
     async def tidy(self) -> None:
         """Sync what nobody waits for, and delete what is no longer needed."""

@@ -43,7 +43,12 @@ class NativeProducer:
 
     def open(self, producer: str, of: int = 1, here: bool = True) -> None:
         """Announce a producer, one of ``of`` in all; with ``here``, keep it alive from now on."""
-        self._calls.call("open", producer, of)
+        notice = WaitingNotice(
+            f"queue {self._calls.settings.name!r} cannot begin a stream; waiting"
+        )
+        # Forgotten by a queue that dies, it would be told that the stream has ended without it.
+        while (problem := self._calls.call("open", producer, of)) is not None:
+            notice.report(lambda why=problem: why)  # type: ignore[misc]
         if here:
             self._open.add(producer)
             self._heartbeat.start()

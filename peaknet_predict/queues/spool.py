@@ -78,7 +78,7 @@ class Spool:
         try:
             with contextlib.ExitStack() as undo:
                 make_private_directory(self.directory, fs)
-                self._claimed = _claim(self.directory, fs)
+                self._claimed = self._claim()
                 undo.callback(fs.close, self._claimed)
                 self._mark = MarkFile(self.directory / "synced", fs)
                 undo.callback(self._mark.close)
@@ -170,6 +170,9 @@ class Spool:
         self._segment.close()
         self._mark.close()
         self._fs.close(self._claimed)
+
+    def _claim(self) -> int:
+        return _claim(self.directory, self._fs)
 
     def _take_over(self, found: SpoolReader) -> None:
         """Go on from what was found, in a new segment."""

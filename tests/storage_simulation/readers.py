@@ -168,6 +168,8 @@ class Predictor(Reader):
         """Begin a life that holds nothing."""
         super().start()
         self.results, self.waits = [], None
+        self._opening: Ticket | None = None
+        self._asked_s = 0.0
         self._closing: Ticket | None = None
         self._is_open = False
 
@@ -190,10 +192,7 @@ class Predictor(Reader):
             if self.world.output_closed:
                 self.die()
             elif output.is_alive:
-                output.state.open(self.producer, self._of)
-                output.parts[self.producer] = output.ran_s
-                output.openings += 1
-                self._is_open = True
+                self._open()
             return
         if self.is_told():
             return
@@ -205,6 +204,19 @@ class Predictor(Reader):
             what = [self._close]
         if what:
             self.world.rng.choice(what)()
+
+    def _open(self) -> None:
+        """Open the output, and wait until that is on disk; ask again where it is not."""
+        output = self.world.output
+        if self._opening is None:
+            output.state.open(self.producer, self._of)
+            output.openings += 1
+            self._opening, self._asked_s = output.wait(), output.ran_s
+        elif self._opening.outcome is not None:
+            self._is_open, self._opening = self._opening.outcome, None
+            # By now another may have closed the parts of all.
+            if self._is_open and self.producer in output.state.streams.open_producers:
+                output.parts[self.producer] = self._asked_s  # the queue has heard of it then
 
     def _take(self) -> None:
         self.get(3)
