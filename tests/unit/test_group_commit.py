@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from peaknet_predict.queues.actor import QueueActor
 from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.group_commit import GroupCommit
+from peaknet_predict.queues.native import NativeProducer
 from peaknet_predict.queues.records import entry_of
 from peaknet_predict.queues.spool import Spool
+from peaknet_predict.queues.transport import ActorCalls
 from peaknet_predict.types import Event, EventId
 from tests.helpers.failing_disk import FailingDisk
 
@@ -105,3 +109,37 @@ def test_begin_and_end_of_a_stream_are_on_disk_before_anybody_is_told(
     assert spool.replay.books["closed"] == ["p"]
     assert spool.replay.books["groups"]["end_seen"]
     spool.close()
+
+
+def test_a_producer_has_begun_when_that_is_on_disk_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forgotten by a queue that dies, a producer would be told the end of its own stream."""
+    monkeypatch.setattr("peaknet_predict.queues.group_commit._PAUSE_S", 0.01)
+    monkeypatch.setattr("peaknet_predict.queues.actor._BORDER_S", 0.02)
+    address = QueueAddress("q", spool=str(tmp_path / "spool"), quarantine=str(tmp_path / "q"))
+    disk = FailingDisk()
+    answers: list[str | None] = []
+
+    async def make() -> QueueActor:
+        actor = QueueActor("events", address)
+        assert actor._spool is not None
+        actor._spool._fs = actor._spool._segment._fs = disk
+        return actor
+
+    with asyncio.Runner() as runner:
+        actor = runner.run(make())
+        disk.fails = {"fdatasync", "fsync"}
+
+        def call(method: str, *args: Any) -> str | None:
+            assert method == "open"
+            if len(answers) == 2:
+                disk.fails = set()
+            answers.append(runner.run(actor.open(*args)))
+            return answers[-1]
+
+        calls = SimpleNamespace(settings=address, call=call)
+        NativeProducer(cast(ActorCalls, calls)).open("p", of=1, here=False)
+    assert answers[-1] is None
+    assert len(answers) == 3
+    assert all(answer is not None and "cannot be synced" in answer for answer in answers[:-1])
