@@ -442,10 +442,10 @@ def test_doctor_looks_at_the_cluster_and_its_queues(
     assert doctor(address=cluster, queues=names) == 1
     said = capsys.readouterr().out
     assert "open producers: feed:7" in said
-    assert "1 in quarantine; no event lost while the queue's process lives" in said
+    assert "1 in quarantine; loses nothing if a reader or producer dies" in said
     assert "s:0:0: it is bad" in said
     assert "three methods only" in said
-    assert "hands an event out once" in said
+    assert "hands each out once" in said
     assert "there is no queue 'gone'" in said
     assert f"{cluster} admits nobody without its token" in said
 
