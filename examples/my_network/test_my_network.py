@@ -41,6 +41,7 @@ def test_it_runs_from_image_to_peaks() -> None:
     """With random parameters: panels of odd sizes, bad pixels, any number of them."""
     images = np.random.default_rng(0).poisson(10.0, (2, 3, 33, 47)).astype(np.float32)
     images[0, 0, 5] = np.nan
+    torch.manual_seed(0)  # of some others, nearly all pixels are peak, which is refused
     tables = find_peaks(images, load_model(CONFIG, random_weights=True))
     assert len(tables) == 2
     for table in tables:
