@@ -199,7 +199,7 @@ def drain(
     if cut_off:
         report.taken += max(0, -report.unaccounted)  # leased, and no longer counted
     report.failures = reader.failures
-    report.interrupted = not ended
+    report.interrupted = gave_up or not ended
     return report
 
 

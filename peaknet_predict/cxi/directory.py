@@ -237,8 +237,9 @@ class CxiDirectory:
         size = (self.path / name).stat().st_size
         if self._journal_sizes.get(name) == size:
             return
-        write_again(self.path / name)
-        journal = read_journal(self.path / name)
+        # Lines that a writer adds meanwhile are not on disk yet.
+        content = write_again(self.path / name)
+        journal, size = read_journal(content), len(content)
         if journal.damaged and name not in self._journals:
             logger.error(
                 "%s is damaged in %d lines: events that they call filtered are not counted",

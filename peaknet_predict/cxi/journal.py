@@ -112,19 +112,14 @@ class JournalContents:
     damaged: int = 0
 
 
-def read_journal(path: str | Path) -> JournalContents:
-    """Read a journal.
+def read_journal(content: bytes) -> JournalContents:
+    """Read what is in a journal.
 
     An unfinished last line was never synced, so it does not count. Any other line that does not
     have its checksum is damage.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
     """
     contents = JournalContents()
-    lines = Path(path).read_bytes().split(b"\n")
+    lines = content.split(b"\n")
     # After the last line break comes nothing, or an unfinished line; if that is complete, the line
     # break was damaged.
     *finished, tail = lines

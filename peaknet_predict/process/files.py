@@ -161,22 +161,23 @@ def read_all(path: str | Path, fs: FileSystem = os) -> bytes:
         fs.close(file)
 
 
-def write_again(path: str | Path, fs: FileSystem = os) -> None:
-    """Make what is read from a file survive a power cut, even if its writer died before the sync.
+def write_again(path: str | Path, fs: FileSystem = os) -> bytes:
+    """Return what is in a file once it survives a power cut, even if its writer died before a sync.
 
     After a failed sync the system may hold bytes that it will never write, and syncing succeeds:
     only bytes that are written again are synced again. A file of another user is only synced.
     """
-    content = read_all(path, fs)
+    content = again = read_all(path, fs)
     try:
         file = fs.open(str(path), os.O_WRONLY | os.O_CLOEXEC)
     except PermissionError:
-        file, content = fs.open(str(path), os.O_RDONLY | os.O_CLOEXEC), b""
+        file, again = fs.open(str(path), os.O_RDONLY | os.O_CLOEXEC), b""
     try:
-        write_all_at(file, content, 0, fs)
+        write_all_at(file, again, 0, fs)
         fs.fsync(file)
     finally:
         fs.close(file)
+    return content
 
 
 def make_private_directory(directory: Path, fs: FileSystem = os) -> None:

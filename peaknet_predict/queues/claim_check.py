@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from peaknet_predict.queues.plain_data import is_plain_array
 from peaknet_predict.queues.records import ForeignItem, Record
 
@@ -56,7 +58,9 @@ class Claims:
         return len(self._claims)
 
     def note(self, array: Any, claim: Claim) -> None:
-        """Note where an array lies."""
+        """Note where an array lies, if nobody can change it."""
+        if array.flags.writeable:
+            return  # no part of the lot, but a copy: Ray makes one where it cannot map
         key = id(array)
         # The callback comes before the number can be that of another object.
         forget = weakref.ref(array, lambda _: self._claims.pop(key, None) and None)
@@ -124,7 +128,8 @@ def check_in(records: Iterable[Record], claims: Claims, store: Any = None) -> Ch
                 found[field] = numbers.setdefault(claim.lot, len(numbers)), claim.place
             elif store is not None:
                 homeless.append((found, field))
-                new.append(array)
+                # Ray maps only what is in one piece.
+                new.append(array if array.flags.forc else np.ascontiguousarray(array))
             else:
                 continue
             if light is record:

@@ -31,7 +31,7 @@ class LiveRecords:
             self._in[record.number][key] = None
         # Where the last record moved out of a segment ends: until that is on disk, the segment is
         # needed.
-        self._moved_to: dict[int, tuple[int, int]] = {}
+        self._moved_to = found.moved_to
 
     def resize(self, number: int, size: int) -> None:
         """Note how large a segment is; a new one is the last."""

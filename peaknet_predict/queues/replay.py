@@ -92,6 +92,9 @@ class SpoolReader:
         How many records the queue had accepted.
     sizes
         Bytes of the segments that count.
+    moved_to
+        Of segments that records were moved out of: the segment and the byte where the last of them
+        ends.
     last, end, synced
         The last of these segments (0 if there is none), where it ends, and up to where it is known
         to be on disk.
@@ -110,6 +113,7 @@ class SpoolReader:
         self.unsettled: dict[EventId, Unsettled] = {}
         self.order = 0
         self.sizes: dict[int, int] = {}
+        self.moved_to: dict[int, tuple[int, int]] = {}
         self.last = self.end = self.synced = 0
         self._directory = directory
         self._mark = mark
@@ -189,10 +193,14 @@ class SpoolReader:
             entry = entry_of(decode(skeleton, frame.data))
             order, entry.losses, entry.lost_by, entry.reason = json.loads(note)
             size = len(frame.skeleton) + len(frame.data)
-            # A record known already was moved here from an earlier segment.
+            earlier = self.unsettled.get(entry.id)
+            if earlier is not None and earlier.number != number:
+                self.moved_to[earlier.number] = (number, frame.end)
             self.unsettled[entry.id] = Unsettled(entry, order, number, frame.end, size)
             self._lacking.discard(entry.id)
-            replay.accepted += replay.keys.add(entry.id)
+            replay.keys.add(entry.id)
+            # One that was accepted before is here again, moved from an earlier segment.
+            replay.accepted += order >= self.order
             self.order = max(self.order, order + 1)
             return
         content: Any = json.loads(frame.skeleton) if frame.skeleton else None

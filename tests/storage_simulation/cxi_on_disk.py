@@ -144,8 +144,8 @@ def _write_whole(path: Any, data: bytes, private: bool = False, fs: Any = None) 
     files.write_whole(str(path), data, private, fs=_current.disk)
 
 
-def _write_again(path: Any, fs: Any = None) -> None:
-    files.write_again(str(path), fs=_current.disk)
+def _write_again(path: Any, fs: Any = None) -> bytes:
+    return files.write_again(str(path), fs=_current.disk)
 
 
 def _sync_directory(directory: Any, fs: Any = None) -> None:

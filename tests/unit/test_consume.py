@@ -221,6 +221,28 @@ def test_while_the_disk_is_full_nothing_is_acknowledged_and_nothing_lost(
     assert balance(tmp_path)["cxi"]["filtered"] == 45
 
 
+def test_a_writer_that_cannot_write_its_lists_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All events are in files, but nobody is told which these are."""
+    monkeypatch.setattr(consume, "_RETRY_S", 0.001)
+    state = queue_of(results(0, 10))
+    reader = StateReader(state, "w")
+    tries = 0
+
+    def full(*args: Any, **settings: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            signal.raise_signal(signal.SIGTERM)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("peaknet_predict.cxi.lists.write_whole", full)
+    report = drain(reader, writer_on(tmp_path, reader), grace_s=0.05)
+    assert state.statistics().acknowledged == 10
+    assert report.interrupted
+
+
 def test_a_stop_request_writes_what_was_taken(tmp_path: Path) -> None:
     state = queue_of(results(0, 100), closed=False)
     reader = StateReader(state, "w")

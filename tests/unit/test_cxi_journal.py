@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peaknet_predict.cxi.directory import CxiDirectory
 from peaknet_predict.cxi.filtered import FilteredEvents
 from peaknet_predict.cxi.journal import Journal, read_journal
 from peaknet_predict.cxi.writer import CxiWriteError, CxiWriter
 from peaknet_predict.keys import KeySet
+from peaknet_predict.process.files import write_again
 from peaknet_predict.types import EventId, Result
 from tests.helpers.examples import examples
 from tests.helpers.failing_disk import FailingDisk
@@ -40,13 +42,13 @@ def journal_in(directory: Path, *batches: list[EventId], balance: int | None = N
 
 
 def filtered(path: Path) -> list[int]:
-    return [key.idx for key in keys(*range(50)) if key in read_journal(path).filtered]
+    return [key.idx for key in keys(*range(50)) if key in read_journal(path.read_bytes()).filtered]
 
 
 def test_what_is_on_record_is_read_again(tmp_path: Path) -> None:
     path = journal_in(tmp_path, keys(4, 5, 9), keys(1), balance=7)
     assert path.name == "peaks_journal_node1-12-ab.jsonl"
-    contents = read_journal(path)
+    contents = read_journal(path.read_bytes())
     assert (contents.run, contents.writer) == ("run 7", "node1-12-ab")
     assert filtered(path) == [1, 4, 5, 9]
     assert (contents.balance, contents.damaged) == ({"taken": 7}, 0)
@@ -62,7 +64,7 @@ def test_a_torn_end_costs_what_was_never_confirmed_and_no_more(tmp_path: Path) -
         # A line that lacks its line break only is there.
         found, complete = filtered(path), size in ends
         assert len(found) == max(0, confirmed - 1 + complete)
-        assert read_journal(path).damaged == 0
+        assert read_journal(path.read_bytes()).damaged == 0
     path.write_bytes(whole + b"\0" * 100)
     assert filtered(path) == [1, 2, 3], "a file system may leave zeros behind a torn end"
 
@@ -74,9 +76,9 @@ def test_a_flipped_bit_is_never_overlooked(data: st.DataObject) -> None:
         path = journal_in(Path(directory), keys(1), keys(2), keys(3), balance=3)
         damaged = bytearray(path.read_bytes())
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        before = read_journal(path)
+        before = read_journal(path.read_bytes())
         path.write_bytes(damaged)
-        after = read_journal(path)
+        after = read_journal(path.read_bytes())
         same = len(after.filtered) == len(before.filtered) and after.balance == before.balance
         assert after.damaged or (same and after.run == before.run)
 
@@ -186,7 +188,7 @@ def test_a_journal_that_cannot_be_read_stops_a_writer(
     def fail(path: Path) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr("peaknet_predict.cxi.directory.write_again", fail)
     with pytest.raises(CxiWriteError, match="Input/output error"):
         CxiWriter(tmp_path)
 
@@ -199,3 +201,27 @@ def test_a_set_of_keys_takes_over_another(ours: list[int], theirs: list[int]) ->
     united = KeySet(keys(*ours))
     united.update(KeySet(keys(*theirs)))
     assert united.to_json() == KeySet(keys(*ours, *theirs)).to_json()
+
+
+def test_a_line_that_is_added_while_a_journal_is_made_safe_waits_for_the_next_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer has not synced it yet: a power cut could take it."""
+    (tmp_path / "there").mkdir()
+    path = journal_in(tmp_path / "there", keys(1))
+    (tmp_path / "more").mkdir()
+    more = journal_in(tmp_path / "more", keys(2)).read_bytes()
+
+    def and_then(path: Path) -> bytes:
+        content = write_again(path)
+        with path.open("ab") as file:
+            file.write(more)
+        return content
+
+    monkeypatch.setattr("peaknet_predict.cxi.directory.write_again", and_then)
+    directory = CxiDirectory(tmp_path / "there", "peaks", None, create=False)
+    assert [key.idx for key in keys(1, 2) if key in directory.filtered] == [1]
+    monkeypatch.undo()
+    directory.look_again()
+    assert [key.idx for key in keys(1, 2) if key in directory.filtered] == [1, 2]
+    assert filtered(path) == [1, 2]

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from peaknet_predict.process.files import FileSystem
 from peaknet_predict.queues.records import Entry, ForeignItem, entry_of
 from peaknet_predict.queues.spool import Spool, SpoolError
 from peaknet_predict.queues.wire import Opaque
@@ -254,6 +255,48 @@ def test_moved_events_keep_their_order_and_what_is_known_of_them(tmp_path: Path)
     back = found(tmp_path)
     assert [entry.id.idx for entry in back] == [7, 57, 107, 157]
     assert [(entry.losses, entry.reason) for entry in back] == [(3, "bad")] + [(0, None)] * 3
+
+
+class NoRoom:
+    """A file system on which no segment can be begun."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        if path.endswith(".spool") and flags & os.O_EXCL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.open(path, flags, mode)
+
+
+def test_an_event_that_was_moved_stays_where_it_was_until_that_is_on_disk(tmp_path: Path) -> None:
+    """Moved, killed, started again on a full disk, and then the power fails."""
+    first, killed, cut = (tmp_path / name for name in ("first", "killed", "cut"))
+    spool = Spool(first, segment_bytes=5000)
+    spool.books({"uid": "q"})
+    spool.put(entry_of(event(0, side=16)))
+    spool.sync()
+    idx = 0
+    while not spool._live._moved_to:
+        idx += 1
+        spool.put(entry_of(event(idx, side=16)))
+        spool.settled(event(idx).id, quarantined=False)
+        if not spool._live._moved_to:
+            spool.sync()
+    shutil.copytree(first, killed)
+    spool.close()
+    again = Spool(killed, fs=cast(FileSystem, NoRoom()))
+    assert [entry.id.idx for entry in again.replay.entries] == [0]
+    assert again.replay.accepted == idx + 1
+    shutil.copytree(killed, cut)
+    mark = again._mark.mark
+    assert mark is not None
+    os.truncate(cut / f"{mark.number:08d}.spool", mark.size)
+    again.close()
+    last = Spool(cut)
+    assert event(0).id in {entry.id for entry in last.replay.entries}
+    last.sync()
+    last.close()
 
 
 def test_a_spool_has_one_queue_and_one_owner(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class Verdict:
     def _look_into_journals(self) -> int:
         everything = KeySet()
         for path in self._scene.cxi.glob("*_journal_*.jsonl"):
-            everything.update(read_journal(path).filtered)
+            everything.update(read_journal(path.read_bytes()).filtered)
         if self._scene.plan.kind != "foreign":
             for key in everything:
                 self._places[key.rank, key.idx].append("filtered")
