@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from peaknet_predict.types import Refusal
 
-_ALIKE = 32
+ALIKE = 32
 """This many bad events in a row, all for the same reason, are no accident."""
 
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
@@ -49,7 +49,7 @@ class FirstRefusals:
         self.holds = True
         self._processed = False
         self._unfit: list[Refusal] = []
-        self._bad: deque[Refusal] = deque(maxlen=_ALIKE)
+        self._bad: deque[Refusal] = deque(maxlen=ALIKE)
 
     def settle(self) -> None:
         """Note that an event can be processed: events refused so far are at fault themselves."""
@@ -70,7 +70,7 @@ class FirstRefusals:
             self.holds = True
         else:
             self._bad.extend(refusals)
-        if len(self._unfit) + len(self._bad) >= _ALIKE:
+        if len(self._unfit) + len(self._bad) >= ALIKE:
             self.decide()
 
     def decide(self) -> None:
@@ -93,7 +93,7 @@ class FirstRefusals:
                 held,
             )
         kinds = {_NUMBER.sub("#", refusal.reason) for refusal in held}
-        if len(held) >= _ALIKE and len(kinds) == 1:
+        if len(held) >= ALIKE and len(kinds) == 1:
             raise UnfitStreamError(
                 f"no event can be processed, each for the same reason: the latest {len(held)} were "
                 f"refused, the last one {held[-1]}. Correct what feeds the input queue, or this "

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from peaknet_predict.first_refusals import FirstRefusals
+from peaknet_predict.first_refusals import ALIKE, BlamelessError, FirstRefusals
 from peaknet_predict.forward import stage
 from peaknet_predict.network_output import NetworkOutput, NetworkOutputError
 from peaknet_predict.pixels import Bits
@@ -123,7 +123,7 @@ class Ring:
     ) -> None:
         self._forward, self._preprocess, self._first = forward, preprocess, first
         self._provenance = provenance
-        self._were_sound, self._num_unsound = False, 0
+        self._were_sound, self._num_unsound, self._num_blind = False, 0, 0
         # In the order in which they are used again.
         self._slots: deque[tuple[Slot, PendingPeaks | None]] = deque(
             (GpuSlot(device) if device.type == "cuda" else CpuSlot(), None) for _ in range(size)
@@ -201,6 +201,7 @@ class Ring:
                 )
             )
         self._check_sound(collected)
+        self._check_sighted(blind)
         collected.refused += blind  # no fault of the network's
         return collected
 
@@ -217,6 +218,16 @@ class Ring:
                 f"{collected.refused[-1].reason}, for each of the first {self._num_unsound} "
                 "events: are these the weights for this network and preprocessing, is class 0 "
                 "background, and do threshold and trainer.precision suit it?"
+            )
+
+    def _check_sighted(self, blind: list[Refusal]) -> None:
+        """Raise if no event so far has had a good pixel: the masks are at fault."""
+        self._num_blind += len(blind)
+        if blind and self._num_blind >= ALIKE and not self._were_sound:
+            raise BlamelessError(
+                f"{_BLIND}, for each of the first {self._num_blind} events: are good and bad the "
+                "wrong way round in a mask, or do bad_values or a geometry's limits call every "
+                "pixel bad? Correct that, and start again; these events go back"
             )
 
 

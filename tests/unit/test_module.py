@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor, nn
 
-from peaknet_predict.first_refusals import UnfitStreamError
+from peaknet_predict.first_refusals import BlamelessError, UnfitStreamError
 from peaknet_predict.module import PeakNetModule
 from peaknet_predict.network_output import NetworkOutputError
 from peaknet_predict.preprocess import Crop, Pad, Patchify, Transform
@@ -447,3 +447,19 @@ def test_a_network_that_gives_nothing_else_ends_the_run(size: int) -> None:
     module = PeakNetModule(Overflows(torch.nan, set(range(9))), chain(), num_overlap=1)
     with pytest.raises(NetworkOutputError, match="each of the first 2 events: are these the we"):
         predict(module, batches)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_masks_that_leave_nothing_of_any_event_end_the_run(good: int) -> None:
+    """Good and bad the wrong way round would bring a whole beamtime into quarantine."""
+    events = [shot(i, [(0, 9, 9)]) for i in range(40)]
+    for event in events[good:]:
+        event.image[:] = np.nan
+    batches = [batch(events[i : i + 8], 8) for i in range(0, 40, 8)]
+    module = PeakNetModule(Bright(), chain(), num_overlap=1)
+    if good:
+        found = predict(module, batches)
+        assert sum(len(one.refused) for one in found) == 39
+    else:
+        with pytest.raises(BlamelessError, match=r"first 32 events: are good and bad the wrong"):
+            predict(module, batches)
