@@ -115,7 +115,7 @@ class QueueDataModule(L.LightningDataModule):
             self.partial_sizes,
             self.max_latency_ms,
             pin_memory=strategy.root_device.type == "cuda",
-            check_producer=self._check_feeder,
+            check_producer=None if self.source is None else self._check_feeder,
             max_event_bytes=self.max_event_bytes,
             grace_s=self.grace_s,
         )

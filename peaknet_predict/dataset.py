@@ -238,6 +238,11 @@ class QueueDataset(IterableDataset[EventBatch]):
 
     def problem(self) -> str | None:
         """Return, at the end of the loop, why the stream was not read whole; None if it was."""
+        if self.interrupted and self._check_producer is not None:
+            return (
+                f"interrupted; {self.size()} events that had been read, and all behind them, were "
+                "not processed: run the command again"
+            )
         if self.interrupted:
             return f"interrupted; {self.size()} events are left in the input queue"
         if not self.ended:

@@ -134,7 +134,10 @@ class ConsumeReport:
         if self.cxi.damaged_records:
             text += f"; {self.cxi.damaged_records} lines of journals are damaged, and not counted"
         if self.cxi.truncated:
-            text += f"; {self.cxi.truncated} events had more peaks than a file's lists hold"
+            text += (
+                f"; {self.cxi.truncated} events had more peaks than a file's lists hold, and only "
+                "the strongest are listed: raise max_peaks"
+            )
         return text
 
 

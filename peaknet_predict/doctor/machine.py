@@ -100,6 +100,10 @@ def check_token() -> Iterator[Finding]:
 
 def check_directory(directory: Path) -> Iterator[Finding]:
     """See whether files can be written to a directory, and how much room it has."""
+    parent = directory.parent
+    if not directory.exists() and parent.is_dir() and os.access(parent, os.W_OK):
+        yield Finding("ok", f"{directory} is not there yet; it will be made")
+        return
     probe = directory / ".peaknet-predict-doctor"
     try:
         probe.touch()

@@ -213,10 +213,12 @@ def test_doctor_names_what_is_wrong_in_a_configuration(
     model = model.replace("weights: peaknet_small", "weights: gone.pt")
     (tmp_path / "model.yaml").write_text(model)
     configs = [str(CONFIGS / "predict.yaml"), str(tmp_path / "model.yaml")]
-    assert doctor(configs=configs, directory=str(tmp_path / "missing")) == 2
+    assert doctor(configs=configs, directory=str(tmp_path / "missing" / "deep")) == 2
     said = capsys.readouterr().out
     assert "gone.pt" in said
     assert "cannot write to" in said
+    assert doctor(directory=str(tmp_path / "missing")) == 0
+    assert "it will be made" in capsys.readouterr().out
 
 
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
