@@ -100,6 +100,7 @@ def test_a_cluster_with_a_token_admits_nobody(cluster: str) -> None:
     assert (finding.verdict, "admits nobody" in finding.text) == ("ok", True)
 
 
+@pytest.mark.slow
 def test_a_probe_that_fails_is_not_taken_for_safety(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = f"127.0.0.1:{free_port()}"
     assert admits_strangers(nobody) is None

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import lightning as L
 import numpy as np
+import pytest
 
 from peaknet_predict import FilesDataModule, find_peaks, load_model
 from peaknet_predict.sources import Simulator
@@ -18,6 +19,7 @@ from tests.helpers.commands import environment, finish, start
 from tests.helpers.paths import CONFIGS, REPOSITORY
 
 
+@pytest.mark.slow
 def test_what_the_page_shows(tmp_path: Path) -> None:
     """All blocks of docs/python.md, one after the other, as a notebook would run them."""
     page = (REPOSITORY / "docs" / "python.md").read_text()

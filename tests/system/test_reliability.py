@@ -256,6 +256,7 @@ def malformed(image: Any) -> list[tuple[str, Callable[[int], Any]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_thousand_malformed_events_among_a_thousand_good_ones(
     cluster: str, address: QueueAddress, tmp_path: Path
 ) -> None:
