@@ -6,6 +6,7 @@ of a mask as bits, M peaks.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from peaknet_predict.first_refusals import ALIKE, BlamelessError, FirstRefusals
 from peaknet_predict.forward import stage
 from peaknet_predict.network_output import NetworkOutput, NetworkOutputError
-from peaknet_predict.pixels import Bits
+from peaknet_predict.pixels import Bits, count_unmarked_gaps
 from peaknet_predict.preprocess import Preprocess
 from peaknet_predict.preprocess.base import event_shape
 from peaknet_predict.slots import CpuSlot, Found, GpuSlot, Slot
 from peaknet_predict.types import Event, EventBatch, PeakBatch, Peaks, Refusal, Result
+
+log = logging.getLogger(__name__)
 
 _OVERFLOWED = "the network's logits are NaN or infinite"
 _FLOODED = "the network calls nearly all of its pixels peak"
@@ -124,6 +127,7 @@ class Ring:
         self._forward, self._preprocess, self._first = forward, preprocess, first
         self._provenance = provenance
         self._were_sound, self._num_unsound, self._num_blind = False, 0, 0
+        self._looked_for_gaps = False
         # In the order in which they are used again.
         self._slots: deque[tuple[Slot, PendingPeaks | None]] = deque(
             (GpuSlot(device) if device.type == "cuda" else CpuSlot(), None) for _ in range(size)
@@ -160,6 +164,9 @@ class Ring:
         event_M = found.table.panel // found_panels
         peak_pixels = np.bincount(event_M, found.table.num_pixels, minlength=len(events))
         collected = PeakBatch([])
+        if events and not self._looked_for_gaps:
+            self._looked_for_gaps = True
+            self._warn_of_gaps(events[0])
         blind: list[Refusal] = []
         last: Bits | None = None
         for k, (event, peaks) in enumerate(zip(events, peaks_of_events, strict=True)):
@@ -208,6 +215,20 @@ class Ring:
     def _marks(self, event: Event) -> tuple[float, ...]:
         dtype = event.image.dtype.newbyteorder("=")
         return self._preprocess.validity.marks(torch.from_numpy(np.empty(0, dtype)).dtype)
+
+    def _warn_of_gaps(self, event: Event) -> None:
+        gaps = (
+            0
+            if event.bad_bits is not None
+            else count_unmarked_gaps(event.image, self._marks(event))
+        )
+        if gaps:
+            log.warning(
+                "event %s has %d pixels of -1 or -2, and nothing below: gaps and bad pixels of a "
+                "photon counter? They count as measured. If they are not, set "
+                "model.init_args.bad_values: [-1, -2], or give a mask",
+                *(event.id, gaps),
+            )
 
     def _check_sound(self, collected: PeakBatch) -> None:
         """Raise if no event so far has sound logits: it is the network's fault, not the events'."""

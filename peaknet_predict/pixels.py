@@ -10,6 +10,7 @@ rules on the device.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,25 @@ def sentinels(dtype: np.dtype[Any]) -> tuple[int, ...]:
     """
     limits = np.iinfo(dtype)
     return (limits.max,) if limits.min == 0 else (limits.min, limits.max)
+
+
+def count_unmarked_gaps(image: npt.NDArray[Any], marks: Collection[float]) -> int:
+    """Return how many pixels look like a counter's gaps, but are not called bad.
+
+    Photon counters write -1, and -2 where a pixel is bad; nothing is below. Counts around a
+    subtracted pedestal are negative too, but not so few values.
+
+    Parameters
+    ----------
+    image
+        Detector counts, of any shape.
+    marks
+        The values that mark bad pixels.
+    """
+    if image.dtype.kind != "i" or not image.size or image.min() not in (-1, -2):
+        return 0
+    gaps = sum(int(np.count_nonzero(image == value)) for value in (-1, -2) if value not in marks)
+    return gaps if gaps >= image.size / 1000 else 0
 
 
 def find_bad_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

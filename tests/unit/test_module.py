@@ -463,3 +463,21 @@ def test_masks_that_leave_nothing_of_any_event_end_the_run(good: int) -> None:
     else:
         with pytest.raises(BlamelessError, match=r"first 32 events: are good and bad the wrong"):
             predict(module, batches)
+
+
+@pytest.mark.parametrize(
+    ("low", "dtype", "warned"),
+    [(-1, np.int32, True), (-2, np.int16, True), (-9, np.int16, False), (0, np.int32, False)],
+)
+def test_gaps_of_a_counter_that_nobody_calls_bad_are_pointed_out(
+    low: int, dtype: Any, warned: bool, said: Any
+) -> None:
+    event = shot(0, [(0, 9, 9)])
+    event.image = event.image.astype(dtype)
+    event.image[:, 4:6] = low
+    settings: list[Any] = ["auto", [-1, -2]]
+    for bad_values in settings:
+        module = PeakNetModule(Bright(), chain(), bad_values=bad_values)
+        said.clear()
+        predict(module, [EventBatch(torch.from_numpy(event.image[None]), [event], [])])
+        assert ("set model.init_args.bad_values" in said.text) == (warned and bad_values == "auto")
