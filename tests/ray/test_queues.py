@@ -288,6 +288,7 @@ except ClusterError as error:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_cluster_that_cannot_be_joined_says_what_to_do(cluster: str) -> None:
     assert "nothing answers at 127.0.0.1:1" in _connect_in_a_process("127.0.0.1:1")
     assert "refused our token" in _connect_in_a_process(cluster, RAY_AUTH_TOKEN="0" * 64)

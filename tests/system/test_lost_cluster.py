@@ -62,14 +62,9 @@ def test_when_the_input_queue_dies_all_that_was_predicted_is_in_files_and_every_
     assert balance["stages"]["feed"]["fed"] >= 20
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [
-        "raylet",
-        # Ray looks for its head for a minute before it ends a process.
-        pytest.param("gcs_server", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+# Ray looks for its head for a minute before it ends a process.
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
 def test_when_ray_dies_every_command_leaves_a_sentence_and_a_record(
     victim: str, tmp_path: Path
 ) -> None:
