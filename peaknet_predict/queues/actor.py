@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from peaknet_predict.queues.address import QueueAddress
 from peaknet_predict.queues.claim_check import (
+    OUT_OF_REACH,
     Checked,
     Claims,
     Places,
@@ -20,7 +21,7 @@ from peaknet_predict.queues.claim_check import (
 from peaknet_predict.queues.clock import RunningClock, Ticker
 from peaknet_predict.queues.dispatch import Delivery
 from peaknet_predict.queues.group_commit import GroupCommit
-from peaknet_predict.queues.quarantine import Quarantine
+from peaknet_predict.queues.quarantine import Quarantine, kept_earlier
 from peaknet_predict.queues.records import END_MARKER, ForeignItem, Kind, Record
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState
@@ -28,7 +29,7 @@ from peaknet_predict.queues.statistics import QueueStatistics
 from peaknet_predict.queues.unpickling import contain_unpickling
 from peaknet_predict.queues.waiting import Linger, WaitingCalls
 from peaknet_predict.queues.wire import event_to_item, results_to_item
-from peaknet_predict.types import Event, EventId, Result
+from peaknet_predict.types import Event, Result
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,6 @@ LINGER_S = 0.005
 An answer costs the queue's process about a millisecond, each record in it a few microseconds. While
 events arrive faster than this, several share an answer.
 """
-
-_PATIENCE_S = 50.0
-"""How long a queue that comes back waits for its quarantine: shorter than clients wait for it."""
 
 _NOTHING = Delivery([], [], {}, False, False, {})
 
@@ -189,10 +187,13 @@ class QueueActor:
         Returns
         -------
         int, str or None
-            How many were taken, and what other than lack of room kept out the rest.
+            How many were taken, and what other than lack of room kept out the rest: for one,
+            `OUT_OF_REACH`.
         """
         producer, records, timeout_s = call
         if elsewhere is not None:
+            if not all(isinstance(lot, list) for lot in contents):
+                return 0, OUT_OF_REACH
             records = check_out(Checked(list(records), *elsewhere), contents, self._claims)
         taken = 0
 
@@ -323,28 +324,3 @@ class QueueActor:
             # Readers that took records have left room for producers.
             if not self._readers.serve(is_worth_trying):
                 return
-
-
-def kept_earlier(
-    quarantine: Quarantine, keys: set[EventId], patience_s: float = _PATIENCE_S
-) -> dict[EventId, str]:
-    """Return which events a quarantine has from an earlier life of the queue, and why.
-
-    An index that cannot be read for a moment must not be the end of a queue that comes back: Ray
-    starts none again whose constructor has failed.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read after ``patience_s`` either.
-    """
-    deadline = time.monotonic() + patience_s
-    while keys:
-        try:
-            return quarantine.look_up(keys)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise
-            log.error("quarantine %s cannot be read; waiting: %s", quarantine.directory, error)
-            time.sleep(_TICK_S)
-    return {}

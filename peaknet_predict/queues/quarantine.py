@@ -37,6 +37,8 @@ from peaknet_predict.types import EventId, identity_problem
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "index.jsonl"
+_LOOK_S = 0.5  # between two tries to read it
+_PATIENCE_S = 50.0  # for a queue that comes back: shorter than its clients wait for it
 _FAILURES = 2  # in one round, which then ends
 # Errors of one file, which could never be written; the disk may be fine.
 _OWN_ERRORS = frozenset({errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW})
@@ -304,3 +306,28 @@ def _lines(directory: Path, fs: FileSystem) -> Iterator[tuple[tuple[int, bytes],
         if isinstance(line, dict):
             yield (offset, text), line
         offset += len(text)
+
+
+def kept_earlier(
+    quarantine: Quarantine, keys: set[EventId], patience_s: float = _PATIENCE_S
+) -> dict[EventId, str]:
+    """Return which events a quarantine has from an earlier life of the queue, and why.
+
+    An index that cannot be read for a moment must not be the end of a queue that comes back: Ray
+    starts none again whose constructor has failed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read after ``patience_s`` either.
+    """
+    deadline = time.monotonic() + patience_s
+    while keys:
+        try:
+            return quarantine.look_up(keys)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.error("quarantine %s cannot be read; waiting: %s", quarantine.directory, error)
+            time.sleep(_LOOK_S)
+    return {}

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from peaknet_predict.batching import check_event
-from peaknet_predict.queues.actor import kept_earlier
-from peaknet_predict.queues.quarantine import INDEX_NAME, Quarantine, read_index
+from peaknet_predict.queues.quarantine import INDEX_NAME, Quarantine, kept_earlier, read_index
 from peaknet_predict.queues.records import ForeignItem, entry_of
 from peaknet_predict.queues.spool import Spool
 from peaknet_predict.queues.state import QueueState

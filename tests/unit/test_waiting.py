@@ -21,8 +21,10 @@ import pytest
 from peaknet_predict.queues import actor as actor_module
 from peaknet_predict.queues.actor import QueueActor
 from peaknet_predict.queues.address import QueueAddress
+from peaknet_predict.queues.claim_check import OUT_OF_REACH
 from peaknet_predict.queues.clock import Ticker
 from peaknet_predict.queues.dispatch import Delivery
+from peaknet_predict.queues.wire import Opaque
 from peaknet_predict.types import Event, EventId
 from tests.helpers.examples import thorough
 
@@ -101,6 +103,23 @@ def test_readers_are_answered_in_their_order_with_one_look_each(
             await put(actor, idx)
             assert numbers(await calls[idx]) == [idx]
         assert looks == 50
+
+    run(test())
+
+
+def test_records_whose_pixels_are_out_of_reach_are_not_taken(
+    make: Callable[..., QueueActor],
+) -> None:
+    """Their producer, which is told so, writes the pixels anew."""
+
+    async def test() -> None:
+        actor = make()
+        await actor.open("p", 1)
+        call = ("p", [event(0)], MINUTES)
+        elsewhere: Any = ([{"image": (0, 0)}], ["a lot"])
+        lost = Opaque("its owner has died")  # what comes in place of a lot that Ray cannot map
+        assert await actor.put_many(call, elsewhere, lost) == (0, OUT_OF_REACH)
+        assert await actor.put_many(call, elsewhere, [event(0).image]) == (1, None)
 
     run(test())
 
