@@ -30,6 +30,7 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.reliability.chaos.cluster import REPOSITORY
+from benchmarks.reliability.soak import actor_pid
 from peaknet_predict.queues import Admin, QueueAddress, connect_queue
 from peaknet_predict.queues.cluster import connect
 from peaknet_predict.sources import EventSource
@@ -139,13 +140,6 @@ def feed_words(directory: Path, arguments: argparse.Namespace, cluster: str) -> 
     words += ["--loop", "true", "--source", "peaknet_predict.sources.HDF5Source"]
     words += ["--source.path", str(path), "--source.data", "entry/data"]
     return [*words, "--source.photon_energy", "9500"]
-
-
-def actor_pid(name: str) -> int:
-    import ray
-
-    handle = ray.get_actor(name, namespace="peaknet")
-    return int(ray.get(handle.__ray_call__.remote(lambda actor: os.getpid())))
 
 
 def ranks(process: subprocess.Popen[bytes]) -> list[int]:
